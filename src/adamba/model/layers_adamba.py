@@ -1,0 +1,190 @@
+"""
+Elastic attention, MLP and norm: at width `w` they use the first `w` channels, heads and units, by true slicing.
+
+Shape legend: B batch, L tokens, W channels in use, H query heads, K key/value heads, P head_dim, U MLP units.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from .configuration_adamba import AdambaConfig
+
+
+class ElasticRMSNorm(nn.Module):
+    """
+    `x[:w] / sqrt(sum(x[:w]²) / min(w, base_width) + eps) * gain[:w]`, statistic in fp32.
+
+    At the model's first hidden size this is RMSNorm (Zhang & Sennrich, 2019). After a width expansion the new
+    channels start at zero and add nothing to the sum, so dividing by the *old* width keeps the function.
+    """
+
+    def __init__(self, size: int, base_width: int, eps: float, gain: bool = True):
+        super().__init__()
+        self.base_width = base_width
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size)) if gain else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        width = x.shape[-1]
+        x_float = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        mean_square = x_float.pow(2).mean(-1, keepdim=True)
+        if width > self.base_width:
+            mean_square = mean_square * (width / self.base_width)
+        normed = (x_float * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
+        return normed if self.weight is None else self.weight[:width] * normed
+
+    def extra_repr(self) -> str:
+        size = None if self.weight is None else self.weight.shape[0]
+        return f"{size}, base_width={self.base_width}, eps={self.eps}"
+
+
+class ElasticLinear(nn.Linear):
+    """A linear layer whose input is a prefix of its channels and whose output may be one: only that part is read."""
+
+    def forward(self, x: torch.Tensor, out_features: int | None = None) -> torch.Tensor:
+        out_features = self.out_features if out_features is None else out_features
+        if x.shape[-1] == self.in_features and out_features == self.out_features:
+            return F.linear(x, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias[:out_features]
+        return F.linear(x, self.weight[:out_features, : x.shape[-1]], bias)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+class ElasticAttention(nn.Module):
+    """Grouped-query attention on the first heads of a layer; `active` rows attend, the others only fill the cache."""
+
+    def __init__(self, config: AdambaConfig, layer_idx: int, max_width: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        sliding = config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if sliding else None
+        self.use_rope = bool(config.rope_layers[layer_idx])
+        num_heads, num_kv_heads = config.heads_at(max_width)
+        query_size, kv_size = num_heads * self.head_dim, num_kv_heads * self.head_dim
+        self.q_proj = ElasticLinear(max_width, query_size, bias=config.attention_bias)
+        self.k_proj = ElasticLinear(max_width, kv_size, bias=config.attention_bias)
+        self.v_proj = ElasticLinear(max_width, kv_size, bias=config.attention_bias)
+        self.o_proj = ElasticLinear(query_size, max_width, bias=config.attention_output_bias)
+        if config.qk_norm is not None:
+            norm_args = (self.head_dim, self.head_dim, config.rms_norm_eps, config.norm_gain)
+            self.q_norm = ElasticRMSNorm(*norm_args)
+            self.k_norm = ElasticRMSNorm(*norm_args)
+
+    def _heads(self, x_BLX: torch.Tensor, num_heads: int) -> torch.Tensor:
+        return x_BLX.view(*x_BLX.shape[:-1], num_heads, self.head_dim).transpose(1, 2)
+
+    def _position(self, x_BHLP: torch.Tensor, norm: nn.Module | None, rope: tuple[torch.Tensor, torch.Tensor]):
+        if norm is not None and self.config.qk_norm == "before_rope":
+            x_BHLP = norm(x_BHLP)
+        if self.use_rope:
+            cos, sin = rope
+            x_BHLP = x_BHLP * cos.unsqueeze(1) + rotate_half(x_BHLP) * sin.unsqueeze(1)
+        if norm is not None and self.config.qk_norm == "after_rope":
+            x_BHLP = norm(x_BHLP)
+        return x_BHLP
+
+    def forward(
+        self,
+        x_BLW: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+        active: torch.Tensor | None,
+        **kwargs,
+    ) -> torch.Tensor:
+        width = x_BLW.shape[-1]
+        num_heads, num_kv_heads = self.config.heads_at(width)
+        kv_size = num_kv_heads * self.head_dim
+        q_norm, k_norm = (self.q_norm, self.k_norm) if self.config.qk_norm is not None else (None, None)
+        key = self._position(self._heads(self.k_proj(x_BLW, kv_size), num_kv_heads), k_norm, rope)
+        value = self._heads(self.v_proj(x_BLW, kv_size), num_kv_heads)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        if active is not None:
+            if active.numel() == 0:
+                return x_BLW[active]
+            x_BLW, key, value = x_BLW[active], key[active], value[active]
+            rope = tuple(part if part.shape[0] == 1 else part[active] for part in rope)
+            if attention_mask is not None and attention_mask.shape[0] > 1:
+                attention_mask = attention_mask[active]
+        query = self._position(self._heads(self.q_proj(x_BLW, num_heads * self.head_dim), num_heads), q_norm, rope)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        out_BLHP, _ = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(out_BLHP.reshape(*x_BLW.shape[:-1], -1), width)
+
+
+class ElasticMLP(nn.Module):
+    def __init__(self, config: AdambaConfig, max_width: int):
+        super().__init__()
+        self.config = config
+        units = config.units_at(max_width)
+        self.act = ACT2FN[config.hidden_act]
+        if config.mlp_gated:
+            self.gate_proj = ElasticLinear(max_width, units, bias=config.mlp_bias)
+        self.up_proj = ElasticLinear(max_width, units, bias=config.mlp_bias)
+        self.down_proj = ElasticLinear(units, max_width, bias=config.mlp_bias)
+
+    def forward(self, x_BLW: torch.Tensor) -> torch.Tensor:
+        width = x_BLW.shape[-1]
+        units = self.config.units_at(width)
+        up_BLU = self.up_proj(x_BLW, units)
+        hidden_BLU = self.act(self.gate_proj(x_BLW, units)) * up_BLU if self.config.mlp_gated else self.act(up_BLU)
+        return self.down_proj(hidden_BLU, width)
+
+
+class AttentionLayer(GradientCheckpointingLayer):
+    """norm -> attention -> norm -> MLP on the first `width` residual channels; the others pass by untouched."""
+
+    def __init__(self, config: AdambaConfig, layer_idx: int, max_width: int):
+        super().__init__()
+        norm_args = (max_width, config.norm_base_width, config.rms_norm_eps, config.norm_gain)
+        self.input_layernorm = ElasticRMSNorm(*norm_args)
+        self.self_attn = ElasticAttention(config, layer_idx, max_width)
+        self.post_attention_layernorm = ElasticRMSNorm(*norm_args)
+        self.mlp = ElasticMLP(config, max_width)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        width: int,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        active: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """hidden (B, L, hidden_size) -> the same shape; `active` (indices of rows) limits who is computed."""
+        x = hidden[..., :width]
+        attended = self.self_attn(self.input_layernorm(x), rope, attention_mask, cache, active, **kwargs)
+        x = (x if active is None else x[active]) + attended
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        if active is not None:
+            hidden = hidden.clone()
+            hidden[active, :, :width] = x
+            return hidden
+        return x if width == hidden.shape[-1] else torch.cat((x, hidden[..., width:]), dim=-1)

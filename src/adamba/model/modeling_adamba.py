@@ -1,0 +1,295 @@
+"""
+AdambaForCausalLM: elastic attention layers and full-width Mamba-2 layers in turn, with exit gates and a width router.
+
+    model(input_ids, width=512).logits                       # int, level name, or one per attention layer
+    model.generate(**inputs, width="auto", exit_threshold=0.95, exit_mode="propagate")
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_recurrent_attention_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from .configuration_adamba import ATTENTION_LAYERS, AdambaConfig
+from .decoding_adamba import AdaptiveGenerationMixin
+from .gates_adamba import ExitGate, WidthRouter
+from .layers_adamba import AttentionLayer, ElasticRMSNorm
+from .mamba_adamba import DocumentRows, Mamba2Mixer, MambaLayer, init_decay, init_time_steps
+
+
+@dataclass
+class AdambaModelOutput(ModelOutput):
+    """
+    last_hidden_state (B, L, D): after the final norm. exit_layers (B, L): last layer computed for each token.
+    gate_logits (B, L, gates): one per `config.gate_layers`, on request. exit_hidden_states: one (B, L, D), before the
+    final norm, per layer asked for.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    exit_layers: torch.LongTensor | None = None
+    gate_logits: torch.FloatTensor | None = None
+    exit_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class AdambaCausalLMOutput(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast` and the extra fields of `AdambaModelOutput`."""
+
+    exit_layers: torch.LongTensor | None = None
+    gate_logits: torch.FloatTensor | None = None
+    exit_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+class AdambaPreTrainedModel(PreTrainedModel):
+    config_class = AdambaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["AttentionLayer", "MambaLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Mamba2Mixer):
+            device = module.A_log.device
+            init.copy_(module.A_log, init_decay(torch.empty(module.num_heads)).to(device))
+            init.copy_(module.dt_bias, init_time_steps(torch.empty(module.num_heads)).to(device))
+            init.ones_(module.D)
+            init.kaiming_uniform_(module.conv1d.weight, a=5**0.5)
+        elif isinstance(module, ElasticRMSNorm) and module.weight is not None:
+            init.ones_(module.weight)
+        elif isinstance(module, ExitGate):
+            init.ones_(module.temperature)
+
+
+class AdambaModel(AdambaPreTrainedModel):
+    def __init__(self, config: AdambaConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        widths = iter(config.attention_widths)
+        self.layers = nn.ModuleList(
+            AttentionLayer(config, index, next(widths)) if kind in ATTENTION_LAYERS else MambaLayer(config, index)
+            for index, kind in enumerate(config.layer_types)
+        )
+        norm_args = (config.hidden_size, config.norm_base_width, config.rms_norm_eps)
+        self.embed_norm = ElasticRMSNorm(*norm_args, gain=config.norm_gain) if config.embedding_norm else None
+        self.norm = ElasticRMSNorm(*norm_args, gain=config.norm_gain)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.exit_gates = nn.ModuleDict({str(index): ExitGate(config) for index in config.gate_layers})
+        self.router = WidthRouter(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        width: int | str | list | None = None,
+        exit_threshold: float | None = None,
+        exit_layers: torch.LongTensor | None = None,
+        stop_layer: int | None = None,
+        exit_hidden_layers: list[int] | None = None,
+        output_gates: bool = False,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> AdambaModelOutput:
+        """
+        Args:
+            width: channels of the attention layers (`AdambaConfig.resolve_width`); `None` is full width.
+            exit_threshold: in single-token decoding a row stops after the first gate whose probability exceeds it,
+                and its exit state fills the caches of the layers it skips. 1.0 or `None` never stops.
+            exit_layers: (B, L) forced exits: token t is left as it is after layer `exit_layers[b, t]`; the reference
+                that cached early exit is tested against.
+            stop_layer: run no layer after this one, and fill no cache there (a draft).
+            exit_hidden_layers: layers whose raw output is returned as `exit_hidden_states`.
+            output_gates: return `gate_logits`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, length = hidden.shape[:2]
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if not use_cache and not isinstance(past_key_values, Cache):
+            past_key_values = None
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(seen, seen + length, device=hidden.device)[None]
+        masks = self._masks(hidden, attention_mask, position_ids, past_key_values)
+        documents = None
+        if past_key_values is None and attention_mask is None:
+            documents = DocumentRows.find(position_ids)
+        cos, sin = self.rotary_emb(hidden, position_ids)
+        rope = (cos, sin * self.config.rope_sign)
+        widths = iter(self.config.resolve_width(width))
+        if self.embed_norm is not None:
+            hidden = self.embed_norm(hidden)
+
+        last_layer = self.config.num_hidden_layers - 1 if stop_layer is None else stop_layer
+        taken = torch.full((batch, length), last_layer, device=hidden.device)
+        may_exit = exit_threshold is not None and exit_threshold < 1 and length == 1 and past_key_values is not None
+        active: torch.Tensor | None = None
+        gate_logits, kept_hidden = [], []
+        all_hidden = [hidden] if output_hidden_states else None
+        for index, (kind, layer) in enumerate(zip(self.config.layer_types, self.layers, strict=True)):
+            if index > last_layer:
+                break
+            before = hidden
+            if kind in ATTENTION_LAYERS:
+                hidden = layer(
+                    hidden,
+                    next(widths),
+                    rope,
+                    masks[kind],
+                    cache=past_key_values,
+                    active=active,
+                    position_ids=position_ids,
+                    **kwargs,
+                )
+            else:
+                hidden = layer(hidden, past_key_values, masks[kind], documents, active)
+            if exit_layers is not None:
+                hidden = torch.where((exit_layers < index)[..., None], before, hidden)
+            if output_hidden_states:
+                all_hidden.append(hidden)
+            if exit_hidden_layers is not None and index in exit_hidden_layers:
+                kept_hidden.append(hidden)
+            if str(index) in self.exit_gates:
+                if output_gates:
+                    gate_logits.append(self.exit_gates[str(index)](hidden))
+                if may_exit:
+                    active, taken = self._exit(index, hidden, exit_threshold, active, taken)
+        if exit_layers is not None:
+            taken = torch.minimum(taken, exit_layers)
+        return AdambaModelOutput(
+            last_hidden_state=self.norm(hidden),
+            past_key_values=past_key_values if use_cache else None,
+            exit_layers=taken,
+            gate_logits=torch.stack(gate_logits, dim=-1) if gate_logits else None,
+            exit_hidden_states=tuple(kept_hidden) or None,
+            hidden_states=tuple(all_hidden) if all_hidden is not None else None,
+        )
+
+    def _masks(self, hidden, attention_mask, position_ids, past_key_values) -> dict[str, torch.Tensor | None]:
+        args = {
+            "config": self.config,
+            "inputs_embeds": hidden,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+        builders = {
+            "full_attention": create_causal_mask,
+            "sliding_attention": create_sliding_window_causal_mask,
+            "linear_attention": create_recurrent_attention_mask,
+        }
+        return {kind: builders[kind](**args) for kind in set(self.config.layer_types)}
+
+    def _exit(self, index, hidden, threshold, active, taken) -> tuple[torch.Tensor, torch.Tensor]:
+        """Drop the rows whose gate is sure enough from `active`, and note where they left."""
+        if active is None:
+            active = torch.arange(hidden.shape[0], device=hidden.device)
+        if active.numel() == 0:
+            return active, taken
+        sure = self.exit_gates[str(index)](hidden[active]).sigmoid().squeeze(-1) > threshold
+        taken[active[sure]] = index
+        return active[~sure], taken
+
+
+class AdambaForCausalLM(AdaptiveGenerationMixin, AdambaPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: AdambaConfig):
+        super().__init__(config)
+        self.model = AdambaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def head(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        """Normed hidden states -> logits (B, L, vocab), with the base's soft cap if it has one."""
+        logits = self.lm_head(hidden_BLD)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        width: int | str | list | None = None,
+        exit_threshold: float | None = None,
+        exit_layers: torch.LongTensor | None = None,
+        stop_layer: int | None = None,
+        exit_hidden_layers: list[int] | None = None,
+        output_gates: bool = False,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> AdambaCausalLMOutput:
+        """See `AdambaModel.forward`; `labels` (B, L) are shifted here, -100 is ignored."""
+        kwargs.pop("return_dict", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            width=width,
+            exit_threshold=exit_threshold,
+            exit_layers=exit_layers,
+            stop_layer=stop_layer,
+            exit_hidden_layers=exit_hidden_layers,
+            output_gates=output_gates,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if isinstance(keep, slice) and not logits_to_keep:
+            keep = slice(None)
+        logits = self.head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, num_items_in_batch=num_items_in_batch)
+        return AdambaCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            exit_layers=outputs.exit_layers,
+            gate_logits=outputs.gate_logits,
+            exit_hidden_states=outputs.exit_hidden_states,
+        )
+
+
+__all__ = ["AdambaForCausalLM", "AdambaModel", "AdambaPreTrainedModel"]
