@@ -21,6 +21,7 @@ class AdambaConfig(PreTrainedConfig):
             the hidden size.
         attention_widths: the widest that each attention layer of *this* checkpoint can run (fewer than
             `hidden_size` after `slice_width`). Default: `hidden_size` for each.
+        expanded_from: the hidden size before the last expansion, so that training can tell old weights from new.
         mlp_gated: `down(act(gate(x)) * up(x))` when true, `down(act(up(x)))` otherwise.
         norm_gain: whether norms have a learned gain.
         embedding_norm: a norm right after the embedding (NanoChat).
@@ -71,6 +72,7 @@ class AdambaConfig(PreTrainedConfig):
 
     width_levels: dict[str, int] | None = None
     attention_widths: list[int] | None = None
+    expanded_from: int | None = None
     first_exit_layer: int | None = None
     exit_gate_size: int = 32
     router_size: int = 32
@@ -107,6 +109,8 @@ class AdambaConfig(PreTrainedConfig):
             self.attention_widths = [self.hidden_size] * self.num_attention_layers
         if self.width_levels is None:
             self.width_levels = default_width_levels(self.width_step, self.hidden_size)
+        # JSON sorts keys; the order of the levels is that of their widths.
+        self.width_levels = dict(sorted(self.width_levels.items(), key=lambda level: level[1]))
         if self.first_exit_layer is None:
             self.first_exit_layer = max(1, self.num_hidden_layers // 4)
         super().__post_init__(**kwargs)
@@ -224,10 +228,10 @@ class AdambaConfig(PreTrainedConfig):
         )
         levels = list(self.width_levels.values())
         require(
-            bool(levels) and levels == sorted(set(levels)) and levels[-1] == self.hidden_size,
+            bool(levels) and len(set(levels)) == len(levels) and levels[-1] == self.hidden_size,
             "width_levels",
             self.width_levels,
-            f"must ascend and end at hidden_size = {self.hidden_size}",
+            f"must differ and end at hidden_size = {self.hidden_size}",
         )
         for level in levels:
             require(

@@ -1,6 +1,6 @@
 """
-The Mamba-2 layer (Dao & Gu, 2024, "Transformers are SSMs"), always at full width, on transformers' own Mamba-2
-functions: hub kernels or `mamba_ssm` where present, plain torch otherwise.
+The Mamba-2 layer (Dao & Gu, 2024, "Transformers are SSMs"), always at full width: transformers' kernel entry points on
+a GPU that has `mamba_ssm`, the plain torch twin of `scan_adamba` elsewhere.
 
 Shape legend: B batch, L tokens, D hidden, I inner channels, H SSM heads, P head_dim, G groups, N state size.
 """
@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn.functional import softplus
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mamba2.modeling_mamba2 import (
@@ -18,46 +19,23 @@ from transformers.models.mamba2.modeling_mamba2 import (
     mamba2_chunk_scan,
     mamba2_selective_state_update,
 )
+from transformers.utils.import_utils import is_mamba_2_ssm_available
 
 from .configuration_adamba import AdambaConfig
 from .layers_adamba import ElasticRMSNorm
+from .scan_adamba import causal_conv, chunk_scan, scan_step
 
 TIME_STEP_MIN, TIME_STEP_MAX, TIME_STEP_FLOOR = 1e-3, 1e-1, 1e-4
 
 
-class DocumentRows:
-    """
-    Packed rows seen as one row a document, so that neither the convolution nor the state crosses a boundary.
-
-    A boundary is where `position_ids` does not go on by one. `split` turns (B, L, X) into (documents, longest, X),
-    padded on the right; `join` is its inverse.
-    """
-
-    def __init__(self, position_ids: torch.Tensor):
-        batch, length = position_ids.shape
-        starts = torch.ones_like(position_ids, dtype=torch.bool)
-        starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
-        start_at = starts.flatten().nonzero().squeeze(-1)
-        ends = torch.cat((start_at[1:], start_at.new_tensor([batch * length])))
-        self.lengths = ends - start_at
-        offsets = torch.arange(int(self.lengths.max()), device=position_ids.device)
-        self.inside = offsets < self.lengths[:, None]
-        self.index = torch.where(self.inside, start_at[:, None] + offsets, start_at[:, None])
-
-    @classmethod
-    def find(cls, position_ids: torch.Tensor | None) -> "DocumentRows | None":
-        """`None` unless some row holds more than one document."""
-        if position_ids is None or position_ids.shape[1] == 1:
-            return None
-        if bool((position_ids[:, 1:] == position_ids[:, :-1] + 1).all()):
-            return None
-        return cls(position_ids)
-
-    def split(self, x: torch.Tensor) -> torch.Tensor:
-        return x.flatten(0, 1)[self.index] * self.inside[..., None]
-
-    def join(self, rows: torch.Tensor, batch: int, length: int) -> torch.Tensor:
-        return rows[self.inside].view(batch, length, *rows.shape[2:])
+def number_documents(position_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """Packed rows: a number for each document, (B, L), new where `position_ids` does not go on by one; else `None`."""
+    if position_ids is None or position_ids.shape[1] == 1:
+        return None
+    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if not bool(starts.any()):
+        return None
+    return torch.nn.functional.pad(starts.int().cumsum(-1), (1, 0))
 
 
 class Mamba2Mixer(nn.Module):
@@ -90,34 +68,38 @@ class Mamba2Mixer(nn.Module):
         x_BLD: torch.Tensor,
         cache: Cache | None,
         padding_mask: torch.Tensor | None,
-        documents: DocumentRows | None,
+        documents: torch.Tensor | None,
         active: torch.Tensor | None,
     ) -> torch.Tensor:
         batch, length, _ = x_BLD.shape
         if padding_mask is not None:
             x_BLD = x_BLD * padding_mask[..., None].to(x_BLD.dtype)
         gate, conv_in, dt = self.in_proj(x_BLD).split([self.inner_size, self.conv_size, self.num_heads], dim=-1)
-        if documents is not None:
-            conv_in, dt = documents.split(conv_in), documents.split(dt)
         state = cache.get_recurrent_state(self.layer_idx) if cache is not None else None
-        conv_out = self._convolve(conv_in, cache)
+        conv_out = self._convolve(conv_in, cache, documents)
         if padding_mask is not None:
             # The convolution's bias reaches padding too; without this the state would see it.
             conv_out = conv_out * padding_mask[..., None].to(conv_out.dtype)
+        x, b, c = self._split(conv_out)
         if length == 1 and state is not None:
-            y = self._step(conv_out.squeeze(1), dt.squeeze(1), state).unsqueeze(1)
+            y = self._step(x, dt, b, c, state)
         else:
-            y = self._scan(conv_out, dt, state, cache)
-        if documents is not None:
-            y = documents.join(y, batch, length)
+            y, last_state = self._scan(x, dt, b, c, state, documents)
+            if cache is not None:
+                cache.update_recurrent_state(last_state, self.layer_idx)
+        y = y.to(x_BLD.dtype).reshape(batch, length, self.inner_size)
         if active is not None:
             y, gate = y[active], gate[active]
         return self.out_proj(self.norm(y, gate))
 
-    def _convolve(self, conv_in: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+    def _convolve(
+        self, conv_in: torch.Tensor, cache: Cache | None, documents: torch.Tensor | None
+    ) -> torch.Tensor:
         length = conv_in.shape[1]
-        channels_first = conv_in.transpose(1, 2)
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        if documents is not None:
+            return causal_conv(conv_in, weight, bias, documents)
+        channels_first = conv_in.transpose(1, 2)
         conv_state = cache.get_conv_state(self.layer_idx) if cache is not None else None
         if conv_state is not None and length == 1:
             out = causal_conv1d_update(channels_first, conv_state, weight, bias, activation="silu")
@@ -138,43 +120,50 @@ class Mamba2Mixer(nn.Module):
             c.reshape(*lead, self.num_groups, self.state_size),
         )
 
-    def _step(self, conv_out_BX: torch.Tensor, dt_BH: torch.Tensor, state_BHPN: torch.Tensor) -> torch.Tensor:
-        """One token; the state is updated in place."""
-        x_BHP, b_BGN, c_BGN = self._split(conv_out_BX)
-        per_channel = (self.num_heads, self.head_dim)
-        y_BHP = mamba2_selective_state_update(
-            state_BHPN,
-            x_BHP,
-            dt_BH[..., None].expand(-1, *per_channel),
-            -self.A_log.exp()[:, None, None].expand(*per_channel, self.state_size),
-            b_BGN,
-            c_BGN,
-            self.D[:, None].expand(*per_channel),
-            dt_bias=self.dt_bias[:, None].expand(*per_channel),
-            dt_softplus=True,
-        )
-        return y_BHP.flatten(-2)
+    def _step(self, x_BLHP, dt_BLH, b_BLGN, c_BLGN, state_BHPN: torch.Tensor) -> torch.Tensor:
+        """One token; the state is updated in place. Returns y (B, H, P)."""
+        x, dt, b, c = (part.squeeze(1) for part in (x_BLHP, dt_BLH, b_BLGN, c_BLGN))
+        a_H = -self.A_log.exp()
+        if has_kernels(x):
+            shape = (self.num_heads, self.head_dim)
+            return mamba2_selective_state_update(
+                state_BHPN,
+                x,
+                dt[..., None].expand(-1, *shape),
+                a_H[:, None, None].expand(*shape, self.state_size),
+                b,
+                c,
+                self.D[:, None].expand(*shape),
+                dt_bias=self.dt_bias[:, None].expand(*shape),
+                dt_softplus=True,
+            )
+        return scan_step(x, softplus(dt + self.dt_bias), a_H, b, c, self.D, state_BHPN)
 
-    def _scan(
-        self, conv_out: torch.Tensor, dt: torch.Tensor, state: torch.Tensor | None, cache: Cache | None
-    ) -> torch.Tensor:
-        x_BLHP, b_BLGN, c_BLGN = self._split(conv_out)
-        y, last_state = mamba2_chunk_scan(
-            x_BLHP,
-            dt,
-            -self.A_log.exp(),
-            b_BLGN,
-            c_BLGN,
-            chunk_size=min(self.chunk_size, conv_out.shape[1]),
-            D=self.D,
-            dt_bias=self.dt_bias,
-            dt_softplus=True,
-            initial_states=state,
-            return_final_states=True,
-        )
-        if cache is not None:
-            cache.update_recurrent_state(last_state, self.layer_idx)
-        return y.to(conv_out.dtype).flatten(-2)
+    def _scan(self, x_BLHP, dt_BLH, b_BLGN, c_BLGN, state, documents) -> tuple[torch.Tensor, torch.Tensor]:
+        """Many tokens. Returns y (B, L, H, P) and the last state (B, H, P, N)."""
+        a_H = -self.A_log.exp()
+        if has_kernels(x_BLHP):
+            return mamba2_chunk_scan(
+                x_BLHP,
+                dt_BLH,
+                a_H,
+                b_BLGN,
+                c_BLGN,
+                chunk_size=self.chunk_size,
+                D=self.D,
+                dt_bias=self.dt_bias,
+                dt_softplus=True,
+                initial_states=state,
+                seq_idx=None if documents is None else documents.int(),
+                return_final_states=True,
+            )
+        dt_BLH = softplus(dt_BLH + self.dt_bias)
+        return chunk_scan(x_BLHP, dt_BLH, a_H, b_BLGN, c_BLGN, self.D, self.chunk_size, state, documents)
+
+
+def has_kernels(tensor: torch.Tensor) -> bool:
+    """Whether `mamba_ssm`'s kernels can take this tensor; without them the plain twin in `scan_adamba` runs."""
+    return tensor.is_cuda and is_mamba_2_ssm_available()
 
 
 class MambaLayer(GradientCheckpointingLayer):
@@ -190,7 +179,7 @@ class MambaLayer(GradientCheckpointingLayer):
         hidden: torch.Tensor,
         cache: Cache | None = None,
         padding_mask: torch.Tensor | None = None,
-        documents: DocumentRows | None = None,
+        documents: torch.Tensor | None = None,
         active: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """hidden (B, L, D) -> the same shape; rows that are not `active` only advance their state."""

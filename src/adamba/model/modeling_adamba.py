@@ -25,7 +25,7 @@ from .configuration_adamba import ATTENTION_LAYERS, AdambaConfig
 from .decoding_adamba import AdaptiveGenerationMixin
 from .gates_adamba import ExitGate, WidthRouter
 from .layers_adamba import AttentionLayer, ElasticRMSNorm
-from .mamba_adamba import DocumentRows, Mamba2Mixer, MambaLayer, init_decay, init_time_steps
+from .mamba_adamba import Mamba2Mixer, MambaLayer, init_decay, init_time_steps, number_documents
 
 
 @dataclass
@@ -142,7 +142,7 @@ class AdambaModel(AdambaPreTrainedModel):
         masks = self._masks(hidden, attention_mask, position_ids, past_key_values)
         documents = None
         if past_key_values is None and attention_mask is None:
-            documents = DocumentRows.find(position_ids)
+            documents = number_documents(position_ids)
         cos, sin = self.rotary_emb(hidden, position_ids)
         rope = (cos, sin * self.config.rope_sign)
         widths = iter(self.config.resolve_width(width))

@@ -38,7 +38,19 @@ def expanded_config(
         *smaller, widest = config.width_levels
         width_levels = {name: config.width_levels[name] for name in smaller} | {widest: hidden_size}
     values["width_levels"] = dict(width_levels)
+    values["expanded_from"] = config.hidden_size
     return AdambaConfig.from_dict(values)
+
+
+def config_before_expansion(config: AdambaConfig) -> AdambaConfig | None:
+    """The sizes that `expanded_config` started from; `None` if the model was never expanded."""
+    if config.expanded_from is None:
+        return None
+    counts = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "mamba_num_groups")
+    values = {key: getattr(config, key) * config.expanded_from // config.hidden_size for key in counts}
+    values |= {"hidden_size": config.expanded_from, "expanded_from": None, "width_levels": None}
+    values["attention_widths"] = [config.expanded_from] * config.num_attention_layers
+    return AdambaConfig.from_dict({**config.to_dict(), **values})
 
 
 def _common_divisor(config: AdambaConfig, counts: tuple[str, ...]) -> int:

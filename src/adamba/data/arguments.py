@@ -1,0 +1,39 @@
+"""Recipe keys that say what a run reads; the same in every script."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from adamba.data.mixture import parse_mix
+from adamba.errors import UserError
+
+
+@dataclass
+class DataArguments:
+    mix: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Source -> relative weight: calculator=1.0,tic_tac_toe=0.5."}
+    )
+    task_settings: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Task -> settings of its generator, for instance its depth."}
+    )
+    data_files: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "Source -> local file or folder that stands in for the Hub."}
+    )
+    cards_dir: str = field(default="data_cards", metadata={"help": "Folder of the data cards."})
+    on_bad_file: Literal["stop", "skip"] = field(
+        default="stop", metadata={"help": "At a data file that is cut off or broken: stop, or skip to what is whole."}
+    )
+    mix_seed: int = field(default=0, metadata={"help": "Of the mixture and the procedural tasks."})
+
+    def __post_init__(self) -> None:
+        if not self.mix:
+            raise UserError("mix: missing; give sources and weights, for instance calculator=1.0,tic_tac_toe=0.5")
+        try:
+            self.mix = parse_mix(self.mix)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def mixture_options(self, split: str, **more) -> dict[str, Any]:
+        """Keyword arguments of `load_mixture`."""
+        options = {"split": split, "seed": self.mix_seed, "settings": self.task_settings}
+        files = {"data_files": self.data_files, "on_bad_file": self.on_bad_file, "cards_dir": self.cards_dir}
+        return {**options, **files, **more}

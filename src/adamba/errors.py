@@ -1,0 +1,27 @@
+"""The one error class for mistakes a user can mend, and how a script reports them."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """Bad input. Its message is one line naming the file, the key, the value and what would work."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn a `UserError` into one line on stderr and exit code 2; any other exception keeps its traceback.
+
+    Works as a decorator of a script's `main` and as a context manager.
+    """
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message with every run of white space, line breaks included, as one space."""
+    return " ".join(str(error).split())

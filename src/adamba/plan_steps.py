@@ -1,0 +1,91 @@
+"""The phases of a recipe family as steps that can be run, and whether each is already done."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from adamba.errors import UserError
+from adamba.fingerprint import fingerprint_code, run_fingerprint
+from adamba.publish import read_run, record_evaluation, why_stale
+from adamba.recipe_file import launch_command, read_recipe
+from adamba.report.reading import PHASES
+
+EVALUATION = "eval"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the plan.
+
+    Attributes:
+        name: The phase, for instance `phase3b`.
+        recipe: Its recipe file.
+        script: The script the recipe's first line names.
+        checkpoint: The folder it publishes, or for an evaluation the one it measures.
+        evaluation: Whether this step measures the checkpoint rather than makes it.
+    """
+
+    name: str
+    recipe: Path
+    script: Path
+    checkpoint: Path
+    evaluation: bool = False
+
+    @property
+    def arguments(self) -> list[str]:
+        """What follows `python` or `accelerate launch` on the command line."""
+        overrides = ["--model_name_or_path", self.checkpoint.as_posix()] if self.evaluation else []
+        return [str(self.script), str(self.recipe), *overrides]
+
+    def why_run(self) -> str | None:
+        """None when a finished run of exactly this step is on disk, otherwise why there is none."""
+        if self.evaluation:
+            recorded = read_run(self.checkpoint).get("evaluation")
+            return None if recorded == self._evaluation_fingerprint() else "not measured yet"
+        inputs: Mapping[str, str] = {}
+        if (self.checkpoint / "run.json").is_file():
+            inputs = read_run(self.checkpoint)["input_paths"]
+        expected = run_fingerprint(fingerprint_code(self.script), read_recipe(self.recipe), inputs)
+        return why_stale(self.checkpoint, expected)
+
+    def record(self) -> None:
+        """Remember a finished evaluation; a phase has written its own `run.json`."""
+        if self.evaluation:
+            record_evaluation(self.checkpoint, self._evaluation_fingerprint())
+
+    def _evaluation_fingerprint(self) -> str:
+        inputs = {"model": self.checkpoint.as_posix()}
+        return run_fingerprint(fingerprint_code(self.script), read_recipe(self.recipe), inputs)["fingerprint"]
+
+
+def family_steps(family: Path) -> list[Step]:
+    """Every phase of a family that has a recipe, in order, each followed by its evaluation if there is `eval.yaml`.
+
+    Raises:
+        UserError: when the folder holds no phase's recipe, or a recipe names no script or no output_dir.
+    """
+    if not family.is_dir():
+        raise UserError(f"{family}: no such folder of recipes; the embedded one is recipes/tiny")
+    evaluation = family / f"{EVALUATION}.yaml"
+    steps = []
+    for name in PHASES:
+        recipe = family / f"{name}.yaml"
+        if not recipe.is_file():
+            continue
+        output_dir = read_recipe(recipe).get("output_dir")
+        if not isinstance(output_dir, str):
+            raise UserError(f"{recipe}: key 'output_dir': required, give it a folder")
+        steps.append(Step(name, recipe, script_of(recipe), Path(output_dir)))
+        if evaluation.is_file():
+            steps.append(Step(name, evaluation, script_of(evaluation), Path(output_dir), evaluation=True))
+    if not steps:
+        raise UserError(f"{family}: no recipe of any phase here, for instance {family / 'phase0.yaml'}")
+    return steps
+
+
+def script_of(recipe: Path) -> Path:
+    """The script named by a recipe's first line."""
+    script = Path(next(word for word in launch_command(recipe) if word.endswith(".py")))
+    if not script.is_file():
+        raise UserError(f"{recipe}: its first line names {script}, which does not exist")
+    return script

@@ -1,0 +1,266 @@
+"""Publishing a run: a checkpoint folder is complete or absent.
+
+A published folder holds the weights and the tokenizer; `run.json` says what ran, on what, and those files' hashes;
+`recipe.yaml` runs it again; `metrics.json` is flat; `README.md` is the model card; `log_history.json` is the
+Trainer's log. All of it is written aside as `<output_dir>.tmp` and renamed at the end. While a run trains, its Trainer
+writes `checkpoint-N` into `trainer_dir(output_dir, ...)`, which is outside `output_dir`, and resumes from there.
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adamba.errors import UserError
+from adamba.fingerprint import hash_file, run_fingerprint
+from adamba.model_card import model_card
+from adamba.recipe_file import Recipe
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "numpy")
+
+# They describe the run and are not what the next phase reads, so run.json does not record their hashes.
+DESCRIBING_FILES = frozenset({"run.json", "metrics.json", "README.md", "recipe.yaml", "log_history.json"})
+
+Metrics = Mapping[str, float | int | str | bool | None]
+
+
+def publish(
+    source: Any,
+    tokenizer: Any,
+    output_dir: str | Path,
+    recipe: Recipe,
+    metrics: Metrics,
+    inputs: Mapping[str, str],
+) -> Path:
+    """Write a finished run to `output_dir`, replacing what was there only once everything is written.
+
+    Every process of a distributed run calls it (gathering shards is a collective); only the main one touches the
+    rest.
+
+    Args:
+        source: A Trainer (its `save_model` gathers sharded weights), a model with `save_pretrained`, or a function
+            that writes the weights into the folder it is given.
+        tokenizer: Saved beside the weights; None when `source` writes it.
+        output_dir: Where the run's recipe says the checkpoint goes.
+        recipe: What `recipe.parse` returned.
+        metrics: Flat; NaN is stored as null.
+        inputs: What the run read, name → path or Hub id. Part of the fingerprint.
+    """
+    with _replacing(Path(output_dir), source) as (folder, is_main):
+        if hasattr(source, "save_model"):
+            source.save_model(str(folder))
+        elif is_main and hasattr(source, "save_pretrained"):
+            source.save_pretrained(folder)
+        elif is_main:
+            source(folder)
+        if is_main:
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same in the open
+            if hasattr(source, "state"):
+                _write_json(folder / "log_history.json", [_plain_metrics(entry) for entry in source.state.log_history])
+            (folder / "recipe.yaml").write_text(_recipe_text(recipe), encoding="utf-8")
+            _write_json(folder / "run.json", _describe_run(folder, recipe, inputs))
+            _write_json(folder / "metrics.json", _plain_metrics(metrics))
+            (folder / "README.md").write_text(model_card(folder, Path(output_dir).as_posix()), encoding="utf-8")
+    return Path(output_dir)
+
+
+def update_metrics(output_dir: str | Path, metrics: Metrics) -> None:
+    """Merge metrics into a published folder's `metrics.json` and model card."""
+    folder = Path(output_dir)
+    merged = read_metrics(folder) | _plain_metrics(metrics)
+    _write_json(folder / "metrics.json", merged)
+    card = folder / "README.md.tmp"
+    card.write_text(model_card(folder, folder.as_posix()), encoding="utf-8")
+    os.replace(card, folder / "README.md")
+
+
+def read_metrics(output_dir: str | Path) -> dict[str, Any]:
+    """The metrics of a published folder.
+
+    Raises:
+        UserError: when the folder is not one.
+    """
+    return _read_json(Path(output_dir) / "metrics.json")
+
+
+def read_run(output_dir: str | Path) -> dict[str, Any]:
+    """The `run.json` of a published folder.
+
+    Raises:
+        UserError: when the folder is not one.
+    """
+    return _read_json(Path(output_dir) / "run.json")
+
+
+def record_evaluation(output_dir: str | Path, fingerprint: str) -> None:
+    """Remember in `run.json` that an evaluation with this fingerprint has been merged into `metrics.json`."""
+    _write_json(Path(output_dir) / "run.json", read_run(output_dir) | {"evaluation": fingerprint})
+
+
+def is_complete(output_dir: str | Path, fingerprint: str) -> bool:
+    """Whether `output_dir` holds exactly this run, every file as it was published."""
+    folder = Path(output_dir)
+    return (folder / "run.json").is_file() and why_stale(folder, {"fingerprint": fingerprint}) is None
+
+
+def why_stale(output_dir: str | Path, expected: Mapping[str, str]) -> str | None:
+    """None when the folder holds the expected run, otherwise what differs, in a few words.
+
+    Args:
+        output_dir: A published folder, or not yet one.
+        expected: From `run_fingerprint`.
+    """
+    folder = Path(output_dir)
+    if not folder.exists():
+        return "not run yet"
+    try:
+        run = read_run(folder)
+        verify_files(folder)
+    except UserError as error:
+        return str(error)
+    if run["fingerprint"] == expected["fingerprint"]:
+        return None
+    changed = [part for part in ("code", "recipe", "inputs") if run.get(part) != expected.get(part)]
+    return f"{' and '.join(changed)} changed since it ran"
+
+
+def verify_files(output_dir: str | Path) -> None:
+    """Refuse a published folder with a missing, truncated or altered file, by name.
+
+    Raises:
+        UserError: naming the file and both sizes, or saying that the content differs.
+    """
+    folder = Path(output_dir)
+    for name, entry in read_run(folder)["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing, though run.json lists it; the checkpoint is incomplete")
+        num_bytes = path.stat().st_size
+        if num_bytes != entry["bytes"]:
+            raise UserError(f"{path}: {num_bytes} bytes, published with {entry['bytes']}; truncated or overwritten")
+        if hash_file(path) != entry["sha256"]:
+            raise UserError(f"{path}: the content is not what was published (sha256 differs)")
+
+
+def trainer_dir(output_dir: str | Path, recipe: Recipe, inputs: Mapping[str, str]) -> Path:
+    """Where the Trainer of this run keeps its `checkpoint-N` folders: `<output_dir>.trainer/<fingerprint>`.
+
+    Another recipe, other code or another input is another folder, so a run never resumes from a foreign checkpoint.
+    """
+    fingerprint = run_fingerprint(recipe.code, recipe.values, inputs)["fingerprint"]
+    output_dir = Path(output_dir)
+    return output_dir.with_name(f"{output_dir.name}.trainer") / fingerprint[:12]
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest complete `checkpoint-N` in a Trainer's folder, for `trainer.train(resume_from_checkpoint=...)`.
+
+    The Trainer writes `trainer_state.json` last, so a checkpoint without it was interrupted and is passed over.
+    """
+    steps = [
+        int(path.parent.name.removeprefix("checkpoint-"))
+        for path in Path(folder).glob("checkpoint-*/trainer_state.json")
+    ]
+    return str(Path(folder) / f"checkpoint-{max(steps)}") if steps else None
+
+
+@contextmanager
+def _replacing(output_dir: Path, source: Any) -> Iterator[tuple[Path, bool]]:
+    """Yield a fresh folder beside `output_dir` and whether this is the main process; rename it at the end."""
+    accelerator = getattr(source, "accelerator", None)
+    wait: Callable[[], None] = accelerator.wait_for_everyone if accelerator else lambda: None
+    is_main = accelerator.is_main_process if accelerator else os.environ.get("RANK", "0") == "0"
+    if output_dir.is_file():
+        raise UserError(f"{output_dir}: output_dir is a file; name a folder")
+    aside = output_dir.with_name(f"{output_dir.name}.tmp")
+    previous = output_dir.with_name(f"{output_dir.name}.previous")
+    if is_main:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    wait()
+    yield aside, is_main
+    wait()
+    if is_main:
+        shutil.rmtree(previous, ignore_errors=True)
+        if output_dir.exists():
+            output_dir.rename(previous)
+        aside.rename(output_dir)
+        shutil.rmtree(previous, ignore_errors=True)
+    wait()
+
+
+def _describe_run(folder: Path, recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, Any]:
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in DESCRIBING_FILES]
+    return {
+        **run_fingerprint(recipe.code, recipe.values, inputs),
+        "script": Path(recipe.script).name,
+        "command": " ".join(["python", *sys.argv]),
+        "recipe_file": recipe.path,
+        "input_paths": dict(inputs),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "files": {
+            p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": hash_file(p)} for p in files
+        },
+    }
+
+
+def _recipe_text(recipe: Recipe) -> str:
+    # through JSON: enums and tuples become the plain values YAML can hold
+    plain = json.loads(json.dumps(recipe.resolved, default=str))
+    command = f"# accelerate launch src/{Path(recipe.script).name} recipe.yaml\n"
+    return command + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=119)
+
+
+def _plain_metrics(metrics: Metrics) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for key, given in metrics.items():
+        value: Any = given
+        value = value.item() if hasattr(value, "item") else value  # a tensor or numpy number
+        if not isinstance(value, (int, float, str, bool, type(None))):
+            raise TypeError(f"metrics.json is flat: {key} is a {type(value).__name__}")
+        plain[key] = None if isinstance(value, float) and not math.isfinite(value) else value
+    return plain
+
+
+def _write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {path.parent} is not a finished run of this project") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: needs a JSON object")
+    return content
+
+
+def _git(*arguments: str) -> str | None:
+    """The output of a git command in the script's repository; None without git or outside a repository."""
+    folder = Path(sys.argv[0]).resolve().parent
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

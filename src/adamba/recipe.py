@@ -1,0 +1,195 @@
+"""Recipes: one flat YAML file gives every setting of a run, the command line overrides any of them.
+
+    args, training_args, recipe = parse(PretrainArguments, TrainingArguments)
+
+    python src/run_pretrain.py recipes/tiny/phase1.yaml --max_steps 10 --mix calculator=1.0,tic_tac_toe=0.5
+
+A value is the dataclass default, unless the recipe has the key, unless the command line has it. Values are checked
+against the field's annotation wherever they come from, so a typo or a wrong type stops the run before it starts.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, get_type_hints
+
+from trl import TrlParser
+
+from adamba.errors import UserError, one_line
+from adamba.fingerprint import fingerprint_code
+from adamba.recipe_file import Recipe, read_recipe
+from adamba.recipe_values import contains, describe, fit, fit_text
+
+_UNSET = object()
+
+# Keys of older versions of the stack and common abbreviations that no spelling distance would find.
+RENAMED_KEYS = {
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "gradient_clipping": "max_grad_norm",
+    "max_prompt_length": "max_length",
+    "max_seq_length": "max_length",
+    "model": "model_name_or_path",
+    "steps": "max_steps",
+    "torch_dtype": "dtype",
+    "warmup_ratio": "warmup_steps",  # a value below 1 is a share of all steps
+}
+
+
+def parse(*dataclass_types: type, argv: Sequence[str] | None = None, script: str | None = None) -> tuple[Any, ...]:
+    """Parse `[recipe.yaml] [--key value ...]` into one instance per dataclass, followed by the `Recipe`.
+
+    Raises:
+        UserError: for a missing or malformed file, an unknown key, a value of the wrong type, a required key that is
+            absent, or a value the dataclass itself refuses.
+    """
+    parser = AdambaParser(dataclass_types)
+    return parser.parse_recipe(sys.argv[1:] if argv is None else list(argv), script or sys.argv[0])
+
+
+class AdambaParser(TrlParser):
+    """`TrlParser` with the recipe as first argument, no abbreviations and every value checked.
+
+    Errors are `UserError`s of one line; nothing is written to stderr and nothing exits here, except `--help`.
+    """
+
+    def __init__(self, dataclass_types: Iterable[type], **kwargs: Any) -> None:
+        self.hints: dict[str, Any] = {}
+        dataclass_types = list(dataclass_types)
+        for dataclass_type in dataclass_types:
+            hints = get_type_hints(dataclass_type)
+            self.hints |= {field.name: hints[field.name] for field in dataclasses.fields(dataclass_type) if field.init}
+        kwargs.setdefault("usage", "%(prog)s [recipe.yaml] [--key value ...]")
+        super().__init__(dataclass_types=dataclass_types, allow_abbrev=False, **kwargs)
+        self.required = [action.dest for action in self._actions if action.required]
+        for action in self._actions:
+            action.required = False  # a recipe may give it; checked once both are read
+
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+        """Add one field. Lists, mappings and unions that argparse cannot hold are read by `fit_text`."""
+        hint: Any = field.type
+        if not contains(hint, (list, tuple, dict)):
+            return TrlParser._parse_dataclass_field(parser, field)
+        default: Any = None
+        if field.default is not dataclasses.MISSING:
+            default = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        parser.add_argument(
+            *dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"]),
+            nargs="+" if contains(hint, (list, tuple)) else None,
+            default=default,
+            required=field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
+            help=field.metadata.get("help"),
+        )
+        return None
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"command line: {message}")
+
+    def parse_recipe(self, argv: list[str], script: str) -> tuple[Any, ...]:
+        path, argv = _split_recipe_path(argv)
+        in_file = self._checked_file(path) if path else {}
+        on_command_line = self._checked_command_line(argv)
+        values = in_file | on_command_line
+        source = path or "command line"
+        missing = [key for key in self.required if key not in values]
+        if missing:
+            raise UserError(f"{source}: key '{missing[0]}': required, give it a {describe(self.hints[missing[0]])}")
+
+        instances = []
+        resolved = dict(values)
+        for dataclass_type in self.dataclass_types:
+            fields = [field.name for field in dataclasses.fields(dataclass_type) if field.init]
+            try:
+                instance = dataclass_type(**{key: values[key] for key in fields if key in values})
+            except ValueError as error:
+                raise UserError(f"{source}: {one_line(error)}") from error
+            instances.append(instance)
+            if dataclass_type.__module__.partition(".")[0] not in ("trl", "transformers", "peft"):
+                own = {name for base in _own_bases(dataclass_type) for name in base.__annotations__}
+                resolved |= {k: _default_of(dataclass_type, k) for k in fields if k in own and k not in values}
+        return (*instances, Recipe(path, script, fingerprint_code(script), values, resolved))
+
+    def _checked_file(self, path: str) -> dict[str, Any]:
+        values = read_recipe(path)
+        environment = values.pop("env", {})
+        if not isinstance(environment, dict):
+            raise UserError(f"{path}: key 'env': got {environment!r}, needs a mapping of environment variables")
+        unknown = [key for key in values if key not in self.hints]
+        if unknown:
+            raise UserError(f"{path}: " + "; ".join(f"key '{key}': unknown{self._hint(key)}" for key in unknown))
+        checked = {key: self._fit(path, key, value) for key, value in values.items()}
+        os.environ.update({key: str(value) for key, value in environment.items()})
+        return checked
+
+    def _checked_command_line(self, argv: list[str]) -> dict[str, Any]:
+        blank = argparse.Namespace(**{action.dest: _UNSET for action in self._actions if action.dest != "help"})
+        namespace, remaining = self.parse_known_args(argv, blank)
+        for text in remaining:
+            if text.startswith("-"):
+                key = text.lstrip("-").partition("=")[0].replace("-", "_")
+                raise UserError(f"command line: key '{key}': unknown{self._hint(key)}")
+            raise UserError(f"command line: unexpected argument '{text}'; the recipe comes first, then --key value")
+        given = {key: value for key, value in vars(namespace).items() if value is not _UNSET}
+        checked = {}
+        for key, value in given.items():
+            hint = self.hints[key]
+            if contains(hint, (list, tuple, dict)):
+                try:
+                    value = fit_text(value if isinstance(value, list) else [value], hint)
+                except ValueError as error:
+                    raise UserError(f"command line: key '{key}': {error}") from None
+            checked[key] = self._fit("command line", key, value)
+        return checked
+
+    def _fit(self, source: str, key: str, value: Any) -> Any:
+        try:
+            return fit(value, self.hints[key])
+        except ValueError as error:
+            raise UserError(f"{source}: key '{key}': {error}") from None
+
+    def _hint(self, key: str) -> str:
+        """`; did you mean 'learning_rate'?` for the nearest known key, or nothing."""
+        known = sorted(self.hints)
+        initials = [name for name in known if "".join(word[:1] for word in name.split("_")) == key]
+        candidates = [
+            *([RENAMED_KEYS[key]] if RENAMED_KEYS.get(key) in known else []),
+            *difflib.get_close_matches(key, known, n=1, cutoff=0.75),
+            *(sorted(initials, key=lambda name: name != "learning_rate") if len(key) > 1 else []),
+            *difflib.get_close_matches(key, known, n=1, cutoff=0.5),
+        ]
+        return f"; did you mean '{candidates[0]}'?" if candidates else ""
+
+
+def _split_recipe_path(argv: list[str]) -> tuple[str | None, list[str]]:
+    """Take the recipe's path from the front, or from `--config path` / `--config=path`."""
+    if argv and not argv[0].startswith("-"):
+        return argv[0], argv[1:]
+    for index, text in enumerate(argv):
+        if text == "--config" and index + 1 < len(argv):
+            return argv[index + 1], argv[:index] + argv[index + 2 :]
+        if text.startswith("--config="):
+            return text.removeprefix("--config="), argv[:index] + argv[index + 1 :]
+    return None, argv
+
+
+def _own_bases(dataclass_type: type) -> list[type]:
+    """The dataclass and its bases that are defined in this project rather than in a library."""
+    libraries = ("trl", "transformers", "peft", "builtins")
+    return [
+        base
+        for base in dataclass_type.__mro__
+        if base.__module__.partition(".")[0] not in libraries and "__annotations__" in vars(base)
+    ]
+
+
+def _default_of(dataclass_type: type, key: str) -> Any:
+    field = {field.name: field for field in dataclasses.fields(dataclass_type)}[key]
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default

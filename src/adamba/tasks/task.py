@@ -1,0 +1,100 @@
+"""What a task is: a name, its environments, and seeded functions that make conversations, prompts and preferences."""
+
+import hashlib
+import inspect
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
+
+from transformers.utils import get_json_schema
+
+from adamba.errors import UserError
+
+Split = Literal["train", "test"]
+Message = dict[str, Any]
+Row = dict[str, Any]
+T = TypeVar("T")
+
+TEST_FRACTION_INVERSE = 8  # one instance in eight belongs to the test split
+MAX_DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Task:
+    """One procedural task. Every function is seeded, takes `(seed, split, **settings)` and returns plain data.
+
+    Attributes:
+        name: Its id in `TASKS`, in `mix:` and in metric names.
+        environments: TRL `environment_factory` classes by name; the first is the default one. `reset(**row)` starts
+            the instance of a row, public methods are the tools, `_done` says that no call is expected any more, and
+            `_outcome(final_text)` scores the finished episode: at least `score`, `well_formed`, `valid_calls`,
+            `invalid_calls` and `best_calls` (the solver's number of calls), with every score in [0, 1].
+        example: One solver-played conversation, `{"messages", "tools"}`.
+        prompt: One row for RL and evaluation, `{"prompt", "environment", "seed", "split", ...}`.
+        preference: One pair for DPO, `{"prompt", "chosen", "rejected", "tools"}`.
+    """
+
+    name: str
+    environments: dict[str, type]
+    example: Callable[..., Row]
+    prompt: Callable[..., Row]
+    preference: Callable[..., Row]
+
+    @property
+    def environment(self) -> type:
+        """The default environment class."""
+        return next(iter(self.environments.values()))
+
+
+def tool_methods(environment: Any) -> list[Callable[..., str]]:
+    """The tools of an environment instance, in the order TRL lists them: its public methods except `reset`."""
+    members = inspect.getmembers(type(environment), predicate=inspect.isfunction)
+    names = [name for name, _ in members if not name.startswith("_") and name not in ("reset", "get_reward")]
+    return [getattr(environment, name) for name in names]
+
+
+def tool_schemas(environment_class: type) -> list[dict]:
+    """JSON schemas of the tools of an environment class: the very ones TRL renders during RL."""
+    return [get_json_schema(method) for method in tool_methods(environment_class())]
+
+
+def tool_call(name: str, **arguments: Any) -> Message:
+    """An assistant turn that calls one tool."""
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def settings_from(cls: type[T], task: str, settings: dict[str, Any]) -> T:
+    """Build the settings dataclass `cls`, refusing an unknown key by name."""
+    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    for key in settings:
+        if key not in known:
+            raise UserError(f"settings of task {task}: unknown key {key!r}; known keys are {', '.join(known)}")
+    return cls(**settings)
+
+
+def split_of(instance: str) -> Split:
+    """The split an instance belongs to, from its own text: no seed can bring a test instance into training."""
+    digest = hashlib.sha256(instance.encode()).digest()
+    return "test" if digest[0] % TEST_FRACTION_INVERSE == 0 else "train"
+
+
+def draw_instance(
+    task: str, seed: int, split: Split, draw: Callable[[random.Random], T | None], key: Callable[[T], str]
+) -> tuple[T, random.Random]:
+    """Draw instances from one seeded stream until one is valid (not None) and belongs to `split`.
+
+    Returns the instance and the stream, for the choices that are not part of the instance (its wording).
+
+    Raises:
+        UserError: `split` is unknown, or the settings admit (almost) no instance of it.
+    """
+    if split not in ("train", "test"):
+        raise UserError(f"task {task}: split is {split!r}; use 'train' or 'test'")
+    rng = random.Random(f"{task}/{split}/{seed}")
+    for _ in range(MAX_DRAWS):
+        instance = draw(rng)
+        if instance is not None and split_of(key(instance)) == split:
+            return instance, rng
+    raise UserError(f"settings of task {task}: no {split} instance in {MAX_DRAWS} draws; widen the settings")

@@ -1,0 +1,17 @@
+"""Tools an agent may call: typed, documented functions that always answer with text the model can read."""
+
+from adamba.tools.calculator import CalculatorError, calculator, evaluate, format_number
+from adamba.tools.calls import ToolCall, parse_tool_calls, run_tool_call
+
+TOOLS = {"calculator": calculator}
+
+__all__ = [
+    "TOOLS",
+    "CalculatorError",
+    "ToolCall",
+    "calculator",
+    "evaluate",
+    "format_number",
+    "parse_tool_calls",
+    "run_tool_call",
+]

@@ -1,0 +1,113 @@
+"""Rows for reinforcement learning: prompts to play from (GRPO) and pairs to prefer between (DPO)."""
+
+import json
+import random
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, Json, Value
+
+from adamba.errors import UserError
+from adamba.tasks import TASKS, Split, Task
+
+Row = dict[str, Any]
+PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+
+
+def prompt_rows(
+    mix: Mapping[str, float], num_rows: int, *, split: Split, seed: int, settings: Mapping[str, dict[str, Any]]
+) -> Dataset:
+    """Rows of `Task.prompt`, tasks drawn by weight; a column that a task lacks is None in its rows.
+
+    Raises:
+        UserError: a source that is no task, or settings that a task refuses.
+    """
+    _check_sources(mix, settings, TASKS)
+
+    def make(task: Task, row_seed: int) -> Row:
+        return task.prompt(row_seed, split, **settings.get(task.name, {}))
+
+    rows = [make(TASKS[name], row_seed) for name, row_seed in _draw(mix, num_rows, seed)]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
+
+
+def preference_rows(
+    mix: Mapping[str, float],
+    num_rows: int,
+    *,
+    split: Split,
+    seed: int,
+    settings: Mapping[str, dict[str, Any]],
+    data_files: Mapping[str, str],
+) -> Dataset:
+    """Rows `{"prompt", "chosen", "rejected", "tools", "source"}`: a task's own pairs, or trajectories from a file.
+
+    A source in `data_files` is a JSON Lines file of such rows (`tools` may be absent); it repeats when it is short.
+
+    Raises:
+        UserError: a source that is neither a task nor in `data_files`, or a row of a file that is no pair.
+    """
+    _check_sources(mix, settings, [*TASKS, *data_files])
+    files = {name: read_pairs(data_files[name]) for name in mix if name in data_files}
+
+    def make(name: str, row_seed: int) -> Row:
+        if name in files:
+            return files[name][row_seed % len(files[name])]
+        return TASKS[name].preference(row_seed, split, **settings.get(name, {}))
+
+    rows = [make(name, row_seed) | {"source": name} for name, row_seed in _draw(mix, num_rows, seed)]
+    # Json keeps each call's arguments as they are; a struct column would give every call the keys of all tools.
+    typed = {column: [Json()] for column in (*PAIR_COLUMNS, "tools")}
+    table = {column: [row.get(column) or [] for row in rows] for column in typed}
+    table["source"] = [row["source"] for row in rows]
+    return Dataset.from_dict(table, features=Features(typed | {"source": Value("string")}))
+
+
+def read_pairs(path: str) -> list[Row]:
+    """Preference rows of a JSON Lines file.
+
+    Raises:
+        UserError: naming the file and the line that is not a pair of two different answers to one prompt.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read these trajectories: {error.strerror}") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise UserError(f"{path}: line {number}: not valid JSON") from None
+        for column in PAIR_COLUMNS:
+            messages = row.get(column) if isinstance(row, dict) else None
+            if not isinstance(messages, list) or not messages or not all(_is_message(item) for item in messages):
+                raise UserError(f"{path}: line {number}: key '{column}': needs a list of messages with a role")
+        if row["chosen"] == row["rejected"]:
+            raise UserError(f"{path}: line {number}: chosen and rejected are the same")
+        rows.append({column: row[column] for column in PAIR_COLUMNS} | {"tools": row.get("tools") or []})
+    if not rows:
+        raise UserError(f"{path}: holds no trajectories")
+    return rows
+
+
+def _is_message(item: object) -> bool:
+    return isinstance(item, dict) and isinstance(item.get("role"), str)
+
+
+def _draw(mix: Mapping[str, float], num_rows: int, seed: int) -> list[tuple[str, int]]:
+    """Source and seed of each row."""
+    rng = random.Random(f"agent rows/{seed}")
+    names = rng.choices(list(mix), weights=list(mix.values()), k=num_rows)
+    return [(name, rng.getrandbits(48)) for name in names]
+
+
+def _check_sources(mix: Mapping[str, float], settings: Mapping[str, Any], known: Collection[str]) -> None:
+    for key, names in (("mix", mix), ("task_settings", settings)):
+        for name in names:
+            if name not in known:
+                raise UserError(f"{key}: {name!r} is unknown; use {', '.join(known)}")

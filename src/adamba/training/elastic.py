@@ -1,0 +1,291 @@
+"""
+Elastic training: one sampled width a micro-batch beside the full one, early exits, gates and router.
+
+For a micro-batch with tokens t, full-depth logits `z`, logits `z_w` at a sampled width, and `z_e` at a sampled exit:
+
+    loss = CE(z) + CE(z_w) + a KL(z || z_w) + b_e CE(z_e) + BCE(gate_e, argmax z_e = argmax z) + BCE(router, w is enough)
+
+Gates and router see detached states only. See MatFormer (Devvrit et al., 2023) for the sampled sub-networks and
+LayerSkip (Elhoushi et al., 2024) for exits through the shared head.
+"""
+
+import random
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from adamba.errors import UserError
+from adamba.model import AdambaConfig, AdambaForCausalLM
+
+IGNORED = -100
+
+
+@dataclass
+class ElasticArguments:
+    elastic: bool = field(default=False, metadata={"help": "Train sampled widths, exits, gates and the router."})
+    width_weights: dict[str, float] | None = field(
+        default=None,
+        metadata={"help": "Level name -> weight of being sampled. Default: each one step heavier than the last."},
+    )
+    distill: bool = field(
+        default=True, metadata={"help": "Run the full width too in each micro-batch and let the sampled one match it."}
+    )
+    distill_weight: float = field(default=0.5, metadata={"help": "Weight of KL(full || sampled width)."})
+    exit_loss_weight: float = field(default=0.3, metadata={"help": "Weight of an exit's loss at the last layer."})
+    num_sampled_exits: int = field(default=1, metadata={"help": "Exit layers trained in each micro-batch."})
+    gate_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the exit gates' loss."})
+    router_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the width router's loss."})
+    router_tolerance: float = field(
+        default=0.05, metadata={"help": "A width is enough if its loss is above the full one's by at most this (nats)."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, weight in (self.width_weights or {}).items():
+            if weight < 0:
+                raise UserError(f"width_weights: {name}={weight} must not be negative")
+
+
+@dataclass
+class Draw:
+    """What one micro-batch trains: a width below the full one (or `None`), exit layers, and from which pass they are."""
+
+    level: int | None
+    width: int | None
+    exit_layers: list[int]
+    exits_at_width: bool
+
+
+def draw(config: AdambaConfig, args: ElasticArguments, seed: int, step: int, micro_step: int) -> Draw:
+    """The same on every rank and after every restart: it depends on nothing but the arguments."""
+    choose = random.Random(f"{seed}/{step}/{micro_step}")
+    names = list(config.width_levels)
+    weights = [float(rank + 1) for rank in range(len(names))]
+    if args.width_weights is not None:
+        unknown = set(args.width_weights) - set(names)
+        if unknown:
+            raise UserError(f"width_weights: {sorted(unknown)[0]!r} is no level of the model; use {', '.join(names)}")
+        weights = [args.width_weights.get(name, 0.0) for name in names]
+    if args.distill:
+        weights[-1] = 0.0  # the full width runs anyway
+    level = choose.choices(range(len(names)), weights)[0] if any(weights) else len(names) - 1
+    is_full = level == len(names) - 1
+    gate_layers = config.gate_layers
+    depth_weights = [float(layer + 1) for layer in gate_layers]
+    exits: set[int] = set()
+    while gate_layers and len(exits) < min(args.num_sampled_exits, len(gate_layers)):
+        exits.add(choose.choices(gate_layers, depth_weights)[0])
+    at_width = not is_full and (choose.random() < 0.5 or not args.distill)
+    return Draw(
+        level=None if is_full else level,
+        width=None if is_full else config.width_levels[names[level]],
+        exit_layers=sorted(exits),
+        exits_at_width=at_width,
+    )
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Next-token cross entropy in nats, (B, L - 1), zero where the label is ignored."""
+    targets = labels[:, 1:]
+    losses = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view(targets.shape)
+
+
+def kl_to(target_logits: torch.Tensor, logits: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Sum over counted positions of KL(target || logits); no gradient into the target."""
+    target = target_logits[:, :-1][counted].detach().float().log_softmax(-1)
+    return F.kl_div(logits[:, :-1][counted].float().log_softmax(-1), target, reduction="sum", log_target=True)
+
+
+class Tally:
+    """Sums and counts of what is logged, by key, until the next log."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+
+    def add(self, key: str, values: torch.Tensor, count: torch.Tensor | float) -> None:
+        entry = torch.stack((values.detach().double().sum().cpu(), torch.as_tensor(count, dtype=torch.float64).cpu()))
+        self.sums[key] = self.sums[key] + entry
+
+    def means(self) -> dict[str, float]:
+        means = {key: (total / count).item() for key, (total, count) in self.sums.items() if count > 0}
+        self.sums.clear()
+        return means
+
+
+def by_source(tally: Tally, losses: torch.Tensor, counted: torch.Tensor, sources: list[str] | None) -> None:
+    """Add the loss of each row to its source's mean."""
+    for row, source in enumerate(sources or []):
+        tally.add(f"loss_{source}", losses[row], counted[row].sum())
+
+
+def elastic_loss(
+    model: torch.nn.Module,
+    plain: AdambaForCausalLM,
+    inputs: dict[str, torch.Tensor],
+    args: ElasticArguments,
+    chosen: Draw,
+    num_items: torch.Tensor | float,
+    tally: Tally,
+    sources: list[str] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The loss of one micro-batch, and the logits that stand for it.
+
+    Args:
+        model: what is called (it may be wrapped for data parallelism); `plain` is the model inside.
+        inputs: `input_ids`, `labels` and what else the forward takes.
+        num_items: predicted tokens in the whole batch; sums are divided by it.
+    """
+    inputs = dict(inputs)
+    labels = inputs.pop("labels")
+    counted = labels[:, 1:] != IGNORED
+    loss = torch.zeros((), device=labels.device)
+    run_full = args.distill or chosen.width is None
+    full = narrow = None
+    if run_full:
+        exits = chosen.exit_layers if not chosen.exits_at_width else []
+        full = model(**inputs, use_cache=False, exit_hidden_layers=exits or None, output_gates=True)
+        full_losses = token_losses(full.logits, labels)
+        loss = loss + full_losses.sum() / num_items
+        tally.add("loss_full", full_losses, counted.sum())
+        by_source(tally, full_losses, counted, sources)
+    if chosen.width is not None:
+        exits = chosen.exit_layers if chosen.exits_at_width else []
+        narrow = model(
+            **inputs, use_cache=False, width=chosen.width, exit_hidden_layers=exits or None, output_gates=True
+        )
+        narrow_losses = token_losses(narrow.logits, labels)
+        loss = loss + narrow_losses.sum() / num_items
+        tally.add(f"loss_width_{chosen.width}", narrow_losses, counted.sum())
+        if full is None:
+            by_source(tally, narrow_losses, counted, sources)
+        else:
+            loss = loss + args.distill_weight * kl_to(full.logits, narrow.logits, counted) / num_items
+            router_part = router_loss(
+                plain, inputs, labels, full_losses, narrow_losses, counted, chosen.level, args.router_tolerance
+            )
+            loss = loss + args.router_loss_weight * router_part / num_items
+    observed = narrow if chosen.exits_at_width else full
+    if observed is not None and observed.gate_logits is not None:
+        exit_part = exit_loss(plain, observed, labels, counted, chosen.exit_layers, args, num_items, tally)
+        loss = loss + exit_part
+    return loss, (full if full is not None else narrow).logits
+
+
+def exit_loss(
+    plain: AdambaForCausalLM,
+    output,
+    labels: torch.Tensor,
+    counted: torch.Tensor,
+    exit_layers: list[int],
+    args: ElasticArguments,
+    num_items: torch.Tensor | float,
+    tally: Tally,
+) -> torch.Tensor:
+    """Cross entropy of the sampled exits, heavier the deeper, and their gates' agreement with the full depth."""
+    final_choice = output.logits[:, :-1].argmax(-1)
+    # Gates that are not sampled take part with weight 0, so that every rank has a gradient for every weight.
+    loss = output.gate_logits.sum() * 0.0
+    for layer, hidden in zip(exit_layers, output.exit_hidden_states or (), strict=True):
+        logits = plain.head(plain.model.norm(hidden))
+        losses = token_losses(logits, labels)
+        depth = (layer + 1) / plain.config.num_hidden_layers
+        loss = loss + args.exit_loss_weight * depth * losses.sum() / num_items
+        agrees = (logits[:, :-1].argmax(-1) == final_choice).float()
+        gate = output.gate_logits[:, :-1, plain.config.gate_layers.index(layer)]
+        errors = F.binary_cross_entropy_with_logits(gate.float(), agrees, reduction="none") * counted
+        loss = loss + args.gate_loss_weight * errors.sum() / num_items
+        tally.add("exit_loss", losses, counted.sum())
+        tally.add("gate_loss", errors, counted.sum())
+        tally.add(f"agreement_layer_{layer}", agrees * counted, counted.sum())
+    return loss
+
+
+def router_loss(
+    plain: AdambaForCausalLM,
+    inputs: dict[str, torch.Tensor],
+    labels: torch.Tensor,
+    full_losses: torch.Tensor,
+    narrow_losses: torch.Tensor,
+    counted: torch.Tensor,
+    level: int | None,
+    tolerance: float,
+) -> torch.Tensor:
+    """
+    Was the sampled level wide enough for what followed the prompt? The prompt is what stands before the first label of
+    a row, or its first quarter where everything is predicted. A sum, each row as heavy as the tokens that followed, so
+    that micro-batches add up to the batch.
+    """
+    length = labels.shape[1]
+    first_label = (labels[:, 1:] != IGNORED).float().argmax(-1) + 1
+    prompt_length = torch.where(first_label > 1, first_label, length // 4)
+    places = torch.arange(length, device=labels.device)
+    prompt = places < prompt_length[:, None]
+    if inputs.get("attention_mask") is not None:
+        prompt = prompt & inputs["attention_mask"].bool()
+    answer = counted & ~prompt[:, 1:]
+    excess = ((narrow_losses - full_losses).detach() * answer).sum(1) / answer.sum(1).clamp(min=1)
+    enough = (excess <= tolerance).float()
+    logits = plain.model.router(plain.model.embed_tokens(inputs["input_ids"]), prompt)[..., level]
+    errors = F.binary_cross_entropy_with_logits(logits, enough[:, None].expand_as(logits), reduction="none")
+    return (errors.mean(1) * answer.sum(1)).sum()
+
+
+class ElasticLossMixin:
+    """
+    Put before a `Trainer` class: the elastic loss where the recipe asks for it, and the loss of each source apart.
+    """
+
+    elastic_args: ElasticArguments = ElasticArguments()
+    _tally: Tally | None = None
+    _draw_place: tuple[int, int] = (-1, -1)
+
+    @property
+    def tally(self) -> Tally:
+        if self._tally is None:
+            self._tally = Tally()
+        return self._tally
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        sources = self._source_names(inputs.pop("source_id", None))
+        plain: PreTrainedModel = self.accelerator.unwrap_model(model)
+        labels = inputs["labels"]
+        counted = labels[:, 1:] != IGNORED
+        num_items = num_items_in_batch if num_items_in_batch is not None else counted.sum().clamp(min=1)
+        if self.elastic_args.elastic and model.training:
+            chosen = draw(plain.config, self.elastic_args, self.args.seed, *self._place())
+            loss, logits = elastic_loss(
+                model, plain, inputs, self.elastic_args, chosen, num_items, self.tally, sources
+            )
+        else:
+            batch = {key: value for key, value in inputs.items() if key != "labels"}
+            logits = model(**batch, use_cache=False).logits
+            losses = token_losses(logits, labels)
+            loss = losses.sum() / num_items
+            if model.training:
+                by_source(self.tally, losses, counted, sources)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+    def _place(self) -> tuple[int, int]:
+        """(optimizer step, micro-batch within it)."""
+        step, micro_step = self._draw_place
+        self._draw_place = (step, micro_step + 1) if step == self.state.global_step else (self.state.global_step, 0)
+        return self._draw_place
+
+    def _source_names(self, source_ids: torch.Tensor | None) -> list[str] | None:
+        if source_ids is None:
+            return None
+        return [self.source_names[index] for index in source_ids.tolist()]
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self.tally.means()}
+        super().log(logs, *args, **kwargs)

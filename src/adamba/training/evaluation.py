@@ -1,0 +1,156 @@
+"""Held-out measures of a checkpoint: loss at every width, what early exit would cost and save, and played episodes."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from adamba.flops import forward_flops_per_token, layer_flops
+from adamba.model import AdambaForCausalLM
+from adamba.tasks import TASKS
+from adamba.training.elastic import IGNORED, token_losses
+from adamba.training.play import play, score_episodes
+
+NUM_BINS = 10
+Batch = dict[str, torch.Tensor]
+
+
+@torch.no_grad()
+def losses_by_source(model: PreTrainedModel, rows: dict[str, list[dict]], batch_size: int, **options) -> dict[str, float]:
+    """Mean next-token loss (nats) of packed rows, for each source and over all, at the given width."""
+    sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+    for source, batch in _batches(rows, batch_size, model.device):
+        labels = batch.pop("labels")
+        losses = token_losses(model(**batch, use_cache=False, **options).logits, labels)
+        count = (labels[:, 1:] != IGNORED).sum()
+        for key in (source, ""):
+            sums[key] += torch.stack((losses.double().sum(), count.double())).cpu()
+    return {key: (total / count).item() for key, (total, count) in sums.items()}
+
+
+def _batches(rows: dict[str, list[dict]], batch_size: int, device) -> Iterable[tuple[str, Batch]]:
+    for source, source_rows in rows.items():
+        for start in range(0, len(source_rows), batch_size):
+            part = source_rows[start : start + batch_size]
+            keys = ("input_ids", "labels", "position_ids")
+            yield source, {key: torch.tensor([row[key] for row in part], device=device) for key in keys}
+
+
+@dataclass
+class ExitObservations:
+    """For each counted token: each gate's probability, whether each exit agrees with the full depth, and each loss."""
+
+    gate_layers: list[int]
+    confidence: torch.Tensor  # (tokens, gates)
+    agrees: torch.Tensor  # (tokens, gates), bool
+    losses: torch.Tensor  # (tokens, gates + 1), the last column being full depth
+
+
+@torch.no_grad()
+def observe_exits(
+    model: AdambaForCausalLM, rows: dict[str, list[dict]], batch_size: int, width=None
+) -> ExitObservations:
+    """Run full depth once and look at every exit on the way."""
+    layers = model.config.gate_layers
+    confidence, agrees, losses = [], [], []
+    for _, batch in _batches(rows, batch_size, model.device):
+        labels = batch.pop("labels")
+        counted = labels[:, 1:] != IGNORED
+        output = model(**batch, use_cache=False, width=width, exit_hidden_layers=layers, output_gates=True)
+        final = output.logits[:, :-1].argmax(-1)
+        batch_agrees, batch_losses = [], []
+        for hidden in output.exit_hidden_states:
+            logits = model.head(model.model.norm(hidden))
+            batch_agrees.append((logits[:, :-1].argmax(-1) == final)[counted])
+            batch_losses.append(token_losses(logits, labels)[counted])
+        batch_losses.append(token_losses(output.logits, labels)[counted])
+        confidence.append(output.gate_logits[:, :-1].sigmoid()[counted].cpu())
+        agrees.append(torch.stack(batch_agrees, -1).cpu())
+        losses.append(torch.stack(batch_losses, -1).cpu())
+    return ExitObservations(layers, torch.cat(confidence), torch.cat(agrees), torch.cat(losses))
+
+
+def exit_metrics(model: AdambaForCausalLM, seen: ExitObservations, thresholds: Sequence[float]) -> dict[str, float]:
+    """
+    For each threshold: the share of layer computations skipped, agreement with full depth, loss and FLOPs a token; and
+    the calibration of the gates (expected calibration error, 10 bins of equal width; Guo et al., 2017).
+    """
+    num_layers = model.config.num_hidden_layers
+    metrics: dict[str, float] = {}
+    exits = [*seen.gate_layers, num_layers - 1]
+    each_layer = layer_flops(model.config)
+    flops = torch.tensor([float(sum(each_layer[: layer + 1])) for layer in exits])
+    head = forward_flops_per_token(model.config) - sum(each_layer)
+    for threshold in thresholds:
+        sure = torch.cat((seen.confidence > threshold, torch.ones(len(seen.confidence), 1, dtype=torch.bool)), dim=1)
+        taken = sure.int().argmax(1)
+        stops = torch.tensor(exits)[taken]
+        agrees = torch.cat((seen.agrees, torch.ones(len(taken), 1, dtype=torch.bool)), dim=1)
+        name = f"threshold_{threshold:g}"
+        metrics[f"exit_fraction_{name}"] = ((num_layers - 1 - stops).float() / num_layers).mean().item()
+        metrics[f"agreement_{name}"] = agrees.gather(1, taken[:, None]).float().mean().item()
+        metrics[f"eval_loss_{name}"] = seen.losses.gather(1, taken[:, None]).mean().item()
+        metrics[f"flops_per_token_{name}"] = flops[taken].mean().item() + head
+    metrics |= reliability(seen.confidence.flatten(), seen.agrees.flatten())
+    for index, layer in enumerate(seen.gate_layers):
+        metrics[f"gate_ece_layer_{layer}"] = reliability(seen.confidence[:, index], seen.agrees[:, index])["gate_ece"]
+        metrics[f"exit_loss_layer_{layer}"] = seen.losses[:, index].mean().item()
+    return metrics
+
+
+def reliability(confidence: torch.Tensor, agrees: torch.Tensor) -> dict[str, float]:
+    """Expected calibration error, and mean confidence, agreement and count of each bin."""
+    bins = (confidence * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+    metrics, error = {}, 0.0
+    for index in range(NUM_BINS):
+        inside = bins == index
+        count = int(inside.sum())
+        metrics[f"gate_bin_{index}_count"] = count
+        if count:
+            mean_confidence = confidence[inside].mean().item()
+            mean_agreement = agrees[inside].float().mean().item()
+            metrics[f"gate_bin_{index}_confidence"] = mean_confidence
+            metrics[f"gate_bin_{index}_agreement"] = mean_agreement
+            error += count / len(confidence) * abs(mean_confidence - mean_agreement)
+    return {"gate_ece": error, **metrics}
+
+
+@dataclass
+class GameSettings:
+    """How many episodes of each task are played, and against whom."""
+
+    num_episodes: dict[str, int] = field(default_factory=dict)
+    max_new_tokens: int = 96
+    batch_size: int = 256
+    settings: dict[str, dict] = field(default_factory=dict)
+    opponents: tuple[str, ...] = ("perfect", "random")
+
+
+def play_tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, games: GameSettings, **generate_kwargs
+) -> dict[str, float]:
+    """Scores on held-out instances. Tic-tac-toe is played against each opponent, half the games on each side, from the
+    empty board."""
+    metrics: dict[str, float] = {}
+    for name, count in games.num_episodes.items():
+        rows = []
+        if name == "tic_tac_toe":
+            for opponent, mark in itertools.product(games.opponents, ("X", "O")):
+                settings = {"opponent": opponent, "mark": mark, "random_start_fraction": 0.0}
+                rows += [TASKS[name].prompt(seed, "test", **settings) for seed in range(count // 2)]
+        else:
+            settings = games.settings.get(name, {})
+            rows = [TASKS[name].prompt(seed, "test", **settings) for seed in range(count)]
+        episodes = play(
+            model,
+            tokenizer,
+            rows,
+            max_new_tokens=games.max_new_tokens,
+            batch_size=games.batch_size,
+            generate_kwargs=generate_kwargs,
+        )
+        metrics |= score_episodes(name, episodes)
+    return metrics

@@ -1,0 +1,77 @@
+"""LoRA by recipe keys alone, with the names that TRL's `ModelConfig` gives them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from transformers import Trainer
+
+from adamba.errors import UserError
+from adamba.model.layers_adamba import ElasticLinear
+
+
+@dataclass
+class LoraArguments:
+    use_peft: bool = field(
+        default=False, metadata={"help": "Train LoRA adapters; the published weights have them merged."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale: updates are multiplied by alpha / rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the linear layers to adapt. Default: all of them."}
+    )
+    lora_modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train in full."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(rank)."})
+    use_dora: bool = field(default=False, metadata={"help": "Decompose updates into magnitude and direction."})
+
+    def __post_init__(self) -> None:
+        if self.lora_r < 1:
+            raise UserError(f"lora_r: {self.lora_r} must be 1 or more")
+
+
+def peft_config(args: LoraArguments) -> PeftConfig | None:
+    """What TRL's trainers take as `peft_config`; None without `use_peft`."""
+    if not args.use_peft:
+        return None
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_target_modules or "all-linear",
+        exclude_modules=r".*\b(exit_gates|router)\b.*",  # they are trained whole or not at all
+        modules_to_save=args.lora_modules_to_save,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+    )
+    config._register_custom_module({ElasticLinear: ElasticLoraLinear})
+    return config
+
+
+class ElasticLoraLinear(LoraLinear):
+    """LoRA on an `ElasticLinear`: at width `w` adapter and layer use the same prefixes of channels."""
+
+    def forward(self, x: torch.Tensor, out_features: int | None = None, **kwargs: Any) -> torch.Tensor:
+        if self.lora_variant:  # DoRA and the like know the full width only
+            return super().forward(x, out_features, **kwargs)
+        result = self.base_layer(x, out_features)
+        if self.disable_adapters or self.merged:
+            return result
+        for name in self.active_adapters:
+            if name not in self.lora_A:
+                continue
+            down, up = self.lora_A[name].weight, self.lora_B[name].weight
+            inner = F.linear(self.lora_dropout[name](x).to(down.dtype), down[:, : x.shape[-1]])
+            update = F.linear(inner, up[: result.shape[-1]]) * self.scaling[name]
+            result = result + update.to(result.dtype)
+        return result
+
+
+def merge_adapters(trainer: Trainer) -> None:
+    """Fold the adapters into the weights, so that what is published is a plain checkpoint of the same architecture."""
+    if isinstance(trainer.model, PeftModel):
+        trainer.model = trainer.model.merge_and_unload()

@@ -1,0 +1,94 @@
+"""Muon for matrices with AdamW for the rest, and old weights that move more slowly after an expansion."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from adamba.model import AdambaConfig
+from adamba.surgery.axes import layer_of, role_of, shared_index
+from adamba.surgery.expand import config_before_expansion
+
+# Matrices that Muon must not orthogonalise: look-up tables and the output head (Jordan et al., 2024).
+NOT_MUON = ("embed_tokens", "lm_head", "conv1d", "exit_gates", "router")
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """
+    One optimizer over two: `torch.optim.Muon` for hidden matrices, AdamW for embeddings, head, norms, biases and the
+    small parameters of Mamba. Both take the same learning rate (Muon's update is scaled to AdamW's size).
+    """
+
+    def __init__(self, named_parameters, lr: float, weight_decay: float, betas: tuple[float, float], eps: float):
+        named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+        is_matrix = {name: p.ndim == 2 and not any(part in name for part in NOT_MUON) for name, p in named}
+        matrices = [p for name, p in named if is_matrix[name]]
+        decayed = [p for name, p in named if not is_matrix[name] and p.ndim >= 2]
+        others = [p for name, p in named if not is_matrix[name] and p.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.parts.append(
+                torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            )
+        if groups:
+            self.parts.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps))
+        super().__init__([parameter for _, parameter in named], {"lr": lr})
+        # The parts' own groups, so that a scheduler that writes here is heard there.
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Callable | None = None):
+        loss = None if closure is None else closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict:
+        return {"parts": [part.state_dict() for part in self.parts], "state": {}, "param_groups": []}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+def old_block(name: str, parameter: torch.Tensor, config: AdambaConfig) -> tuple[torch.Tensor, ...] | None:
+    """Indices of the entries of a parameter that were there before the last expansion; `None` if all were."""
+    narrow = config_before_expansion(config)
+    role = role_of(name)
+    if narrow is None or role.axes == ("fixed",):
+        return None
+    index = [
+        torch.arange(size) if axis == "fixed" else shared_index(axis, narrow, config, layer_of(name))
+        for axis, size in zip(role.axes, parameter.shape, strict=True)
+    ]
+    if [len(part) for part in index] == list(parameter.shape):
+        return None
+    return torch.meshgrid(*index, indexing="ij")
+
+
+def slow_old_weights(optimizer: torch.optim.Optimizer, model: nn.Module, scale: float) -> None:
+    """
+    After each optimizer step, take back `1 - scale` of what the old entries moved: their own learning rate, whatever
+    the optimizer. Entries of a tensor cannot have a rate of their own in AdamW or Muon, and scaling their gradient
+    would change nothing there. Parameters that an expansion left whole count as old.
+    """
+    blocks = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "exit_gates" not in name and "router" not in name:
+            blocks.append((parameter, old_block(name, parameter, model.config) or ...))
+    before: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def remember(*_) -> None:
+        before[:] = [parameter[block].clone() for parameter, block in blocks]
+
+    @torch.no_grad()
+    def take_back(*_) -> None:
+        for (parameter, block), old in zip(blocks, before, strict=True):
+            parameter[block] = torch.lerp(old, parameter[block], scale)
+        before.clear()
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(take_back)

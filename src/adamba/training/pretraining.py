@@ -1,0 +1,72 @@
+"""Pretraining and phases 1 to 4: a Trainer over packed rows, with the elastic loss."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from adamba.errors import UserError
+from adamba.training.elastic import ElasticArguments, ElasticLossMixin
+from adamba.training.optimizers import MuonWithAdamW, slow_old_weights
+
+
+@dataclass
+class PretrainConfig(TrainingArguments):
+    """`TrainingArguments` and what the phases add."""
+
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs every column."})
+    max_length: int = field(default=2048, metadata={"help": "Tokens in a packed row."})
+    train_only: str = field(default="all", metadata={"help": "all, mamba, gates or mamba_and_gates; the rest is frozen."})
+    sort_by_importance: bool = field(
+        default=False, metadata={"help": "Before training, put important channels, heads and units first."}
+    )
+    num_calibration_rows: int = field(default=32, metadata={"help": "Rows that importance is measured on."})
+    use_muon: bool = field(default=False, metadata={"help": "Muon for hidden matrices, AdamW for the rest."})
+    old_weight_lr_scale: float = field(
+        default=1.0, metadata={"help": "After an expansion: learning rate of old weights relative to new ones."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_steps <= 0:
+            raise UserError(f"max_steps: {self.max_steps} must be given, above 0; the data is a stream without end")
+        if not 0 <= self.old_weight_lr_scale <= 1:
+            raise UserError(f"old_weight_lr_scale: {self.old_weight_lr_scale} must be from 0 to 1")
+
+
+class PackedCollator:
+    """Rows of one length -> a batch; the source's name becomes its number in `sources`."""
+
+    def __init__(self, sources: Sequence[str]):
+        self.number = {name: index for index, name in enumerate(sources)}
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels", "position_ids")}
+        batch["source_id"] = torch.tensor([self.number[row["source"]] for row in rows])
+        return batch
+
+
+class PretrainTrainer(ElasticLossMixin, Trainer):
+    """`Trainer` on packed rows. `sources` are the names behind `source_id`."""
+
+    def __init__(self, *args, sources: Sequence[str], elastic_args: ElasticArguments, **kwargs):
+        self.source_names = list(sources)
+        self.elastic_args = elastic_args
+        super().__init__(*args, data_collator=PackedCollator(sources), **kwargs)
+
+    def create_optimizer(self, *args, **kwargs):
+        if self.optimizer is None and self.args.use_muon:
+            self.optimizer = MuonWithAdamW(
+                self.model.named_parameters(),
+                lr=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+            )
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.args.old_weight_lr_scale < 1:
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                raise UserError("old_weight_lr_scale: below 1 needs whole parameters on each rank (DDP), not ZeRO or FSDP")
+            slow_old_weights(self.optimizer, self.model, self.args.old_weight_lr_scale)
+        return optimizer

@@ -1,0 +1,97 @@
+"""What every training script does around `trainer.train()`: quiet libraries, resume, measure, publish."""
+
+import logging
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import Trainer, TrainingArguments, set_seed
+
+from adamba.errors import UserError
+from adamba.flops import TRAINING_FACTOR, flops_per_token
+from adamba.publish import last_checkpoint, publish, trainer_dir
+from adamba.recipe import Recipe
+
+logger = logging.getLogger("adamba")
+
+
+def start(args: TrainingArguments, recipe: Recipe, inputs: Mapping[str, str]) -> Path:
+    """
+    Seed and set up the log, and give the Trainer a working folder of its own. Returns the folder that the recipe named,
+    where `finish` publishes.
+    """
+    setup_logging(is_main_process=args.process_index == 0)
+    set_seed(args.seed)
+    if not args.output_dir or args.output_dir == "trainer_output":
+        raise UserError("output_dir: missing; name the folder for the checkpoint")
+    published = Path(args.output_dir)
+    args.output_dir = str(trainer_dir(published, recipe, inputs))
+    return published
+
+
+def setup_logging(is_main_process: bool = True) -> None:
+    """Our lines on stderr, once; from the libraries errors only (without kernels the torch paths run, as documented)."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logger.setLevel(logging.INFO if is_main_process else logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def train(trainer: Trainer) -> dict[str, float]:
+    """
+    Train, from the last complete checkpoint of this very run if there is one. Returns what was measured.
+
+    Raises:
+        UserError: the loss is not a number; the last good checkpoint stays.
+    """
+    resume = last_checkpoint(trainer.args.output_dir)
+    if resume is not None:
+        logger.info("resuming from %s", resume)
+    started = time.monotonic()
+    result = trainer.train(resume_from_checkpoint=resume)
+    if not result.training_loss == result.training_loss:
+        raise UserError(f"learning_rate: training loss became nan at {trainer.args.learning_rate}; try a lower rate")
+    return {
+        "train_loss": result.training_loss,
+        "train_seconds": time.monotonic() - started,
+        "train_steps": trainer.state.global_step,
+    }
+
+
+def measures(trainer: Trainer, seconds: float, tokens_seen: int, context_length: int) -> dict[str, float]:
+    """Size, tokens, speed and memory of a run, for `metrics.json`."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    flops = TRAINING_FACTOR * flops_per_token(model.config, context_length=context_length)
+    return {
+        "num_parameters": model.num_parameters(),
+        "num_trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "hidden_size": model.config.hidden_size,
+        "tokens_seen": tokens_seen,
+        "tokens_per_second": tokens_seen / max(seconds, 1e-9),
+        "train_flops": flops * tokens_seen,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def finish(
+    trainer: Trainer,
+    tokenizer: Any,
+    output_dir: Path,
+    recipe: Recipe,
+    metrics: Mapping[str, Any],
+    inputs: Mapping[str, str],
+) -> None:
+    """Publish the checkpoint, complete or not at all, and push it if the recipe says so."""
+    publish(trainer, tokenizer, output_dir, recipe, dict(metrics), inputs)
+    if trainer.is_world_process_zero():
+        logger.info("wrote %s", output_dir)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()

@@ -1,0 +1,133 @@
+"""Supervised fine-tuning: TRL's SFTTrainer on a mixture that this package has rendered and packed."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from adamba.data import load_mixture, pack_rows
+from adamba.data.arguments import DataArguments
+from adamba.data.packing import IGNORED_LABEL, tokenize_rows
+from adamba.errors import UserError
+from adamba.training.elastic import ElasticArguments, ElasticLossMixin
+
+
+@dataclass
+class MixSFTConfig(SFTConfig):
+    """`SFTConfig` and the size of the evaluation. `packing` means this package's best fit."""
+
+    num_eval_rows: int = field(
+        default=32, metadata={"help": "Held-out rows of each source that the loss is taken on."}
+    )
+    trust_remote_code: bool = field(default=False, init=False)  # ModelArguments has the key
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_steps <= 0:
+            raise UserError(f"max_steps: {self.max_steps} must be given, above 0; the data is a stream without end")
+        if self.max_length is None:
+            raise UserError("max_length: null is too long, give the tokens of a row")
+        if self.packing and self.packing_strategy != "bfd":
+            raise UserError(f"packing_strategy: {self.packing_strategy!r} is not supported, use 'bfd' (best fit)")
+
+
+def token_rows(
+    mix: Mapping[str, float],
+    split: Literal["train", "test"],
+    data_args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    args: MixSFTConfig,
+) -> IterableDataset:
+    """A stream of tokenized rows of `mix`, packed if the recipe says so."""
+    rows = load_mixture(mix, **data_args.mixture_options(split))
+    options = {"assistant_only_loss": args.assistant_only_loss}
+    if args.packing:
+        options |= {"one_source_per_row": True, "seed": data_args.mix_seed}
+        return pack_rows(rows, tokenizer, args.max_length, **options)
+    return tokenize_rows(rows, tokenizer, args.max_length, **options)
+
+
+def eval_datasets(
+    data_args: DataArguments, tokenizer: PreTrainedTokenizerBase, args: MixSFTConfig
+) -> dict[str, Dataset]:
+    """The first held-out rows of each source, in memory."""
+    datasets = {}
+    for source in data_args.mix:
+        stream = token_rows({source: 1.0}, "test", data_args, tokenizer, args)
+        rows = list(itertools.islice(stream, args.num_eval_rows))
+        if not rows:
+            raise UserError(f"mix: {source!r} has no held-out row to evaluate on")
+        datasets[source] = Dataset.from_list(rows)
+    return datasets
+
+
+class RowCollator:
+    """Tokenized rows → a batch. Shorter rows are padded on the right; the source's name becomes its number."""
+
+    def __init__(self, sources: Sequence[str], pad_id: int):
+        self.number = {name: index for index, name in enumerate(sources)}
+        self.pad_id = pad_id
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+
+        def stack(values: list[list[int]], filler: int) -> torch.Tensor:
+            return torch.tensor([row + [filler] * (longest - len(row)) for row in values])
+
+        batch = {
+            "input_ids": stack([row["input_ids"] for row in rows], self.pad_id),
+            "labels": stack([row["labels"] for row in rows], IGNORED_LABEL),
+            "source_id": torch.tensor([self.number[row["source"]] for row in rows]),
+        }
+        if "position_ids" in rows[0]:
+            batch["position_ids"] = stack([row["position_ids"] for row in rows], 0)
+        else:
+            batch["attention_mask"] = stack([[1] * len(row["input_ids"]) for row in rows], 0)
+        return batch
+
+
+class MixSFTTrainer(ElasticLossMixin, SFTTrainer):
+    """SFTTrainer on rows that are tokenized already, with the loss of each source logged apart.
+
+    Args:
+        sources: names behind the rows' `source`.
+        elastic_args: the elastic loss, if the recipe asks for it.
+    """
+
+    def __init__(
+        self,
+        *,
+        args: MixSFTConfig,
+        processing_class: PreTrainedTokenizerBase,
+        sources: Sequence[str],
+        elastic_args: ElasticArguments,
+        **kwargs: Any,
+    ):
+        self.source_names = list(sources)
+        self.elastic_args = elastic_args
+        # Rendering, masks and packing are done; TRL must not do them again, nor drop the columns it does not know.
+        args.packing = args.assistant_only_loss = args.shuffle_dataset = False
+        args.remove_unused_columns = False
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        collator = RowCollator(sources, processing_class.pad_token_id)
+        super().__init__(args=args, processing_class=processing_class, data_collator=collator, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        names = {f"eval_{source}_loss": f"eval_loss_{source}" for source in self.source_names}
+        super().log({names.get(key, key): value for key, value in logs.items()}, *args, **kwargs)
+
+
+def evaluate_sources(trainer: MixSFTTrainer, mix: Mapping[str, float]) -> dict[str, float]:
+    """`eval_loss_<source>` of each evaluation dataset, and `eval_loss`, their mean by the weights of the mix."""
+    losses = {}
+    for source, dataset in trainer.eval_dataset.items():
+        metrics = trainer.evaluate(dataset, metric_key_prefix=f"eval_{source}")
+        losses[source] = metrics[f"eval_{source}_loss"]
+    total = sum(mix[source] for source in losses)
+    mean = sum(mix[source] * loss for source, loss in losses.items()) / total
+    return {"eval_loss": mean, **{f"eval_loss_{source}": loss for source, loss in losses.items()}}

@@ -1,0 +1,73 @@
+"""
+Phase 6, offline: DPO on pairs of turns, the solver's against a wrong one, or on trajectories from a file.
+
+    accelerate launch src/run_dpo.py recipes/tiny/phase6_dpo.yaml
+    accelerate launch src/run_dpo.py recipes/tiny/phase6_dpo.yaml --mix pairs=1.0 --data_files pairs=pairs.jsonl
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import DPOConfig, DPOTrainer
+
+from adamba.data import log_mix
+from adamba.data.arguments import DataArguments
+from adamba.errors import UserError, user_errors
+from adamba.loading import ModelArguments, load_model_and_tokenizer
+from adamba.recipe import parse
+from adamba.training.agent_rows import preference_rows
+from adamba.training.lora import LoraArguments, merge_adapters, peft_config
+from adamba.training.session import finish, logger, measures, start, train
+
+
+@dataclass
+class PreferenceConfig(DPOConfig):
+    """`DPOConfig` and how many pairs there are."""
+
+    trust_remote_code: bool = field(default=False, init=False)  # the key is ModelArguments'
+    num_pairs: int = field(default=4096, metadata={"help": "Pairs to learn from."})
+    num_eval_pairs: int = field(default=0, metadata={"help": "Held-out pairs for `eval_strategy`."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_pairs < 1:
+            raise UserError(f"num_pairs: {self.num_pairs} must be 1 or more")
+
+
+@user_errors()
+def main() -> None:
+    model_args, data_args, lora_args, args, recipe = parse(
+        ModelArguments, DataArguments, LoraArguments, PreferenceConfig
+    )
+    inputs = {"model": model_args.model_name_or_path} if model_args.model_name_or_path else {}
+    inputs |= {name: path for name, path in data_args.data_files.items() if name in data_args.mix}
+    output_dir = start(args, recipe, inputs)
+    logger.info("mix: %s", log_mix(data_args.mix))
+
+    options = {"settings": data_args.task_settings, "data_files": data_args.data_files, "seed": data_args.mix_seed}
+    rows = preference_rows(data_args.mix, args.num_pairs, split="train", **options)
+    held_out = None
+    if args.num_eval_pairs:
+        held_out = preference_rows(data_args.mix, args.num_eval_pairs, split="test", **options)
+
+    model, tokenizer = load_model_and_tokenizer(model_args)
+    trainer = DPOTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=peft_config(lora_args),
+    )
+    trained = train(trainer)
+    merge_adapters(trainer)
+    accuracies = [entry["rewards/accuracies"] for entry in trainer.state.log_history if "rewards/accuracies" in entry]
+    if accuracies:
+        trained |= {"preference_accuracy_first": accuracies[0], "preference_accuracy_last": accuracies[-1]}
+    tokens_seen = int(max((entry.get("num_tokens", 0) for entry in trainer.state.log_history), default=0))
+    metrics = trained | measures(trainer, trained["train_seconds"], tokens_seen, args.max_length or 0)
+    finish(trainer, tokenizer, Path(output_dir), recipe, metrics, inputs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""
+Measure a checkpoint on held-out text and task instances, at every width and several exit thresholds; the figures go
+into its metrics.json.
+
+    python src/run_eval.py recipes/tiny/eval.yaml --model_name_or_path checkpoints/tiny/phase2
+    python src/run_eval.py recipes/tiny/eval.yaml --model_name_or_path checkpoints/tiny/phase5 --calibrate true
+"""
+
+import itertools
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from adamba.data import load_mixture, pack_rows
+from adamba.data.arguments import DataArguments
+from adamba.errors import UserError, user_errors
+from adamba.flops import flops_per_token
+from adamba.loading import ModelArguments, load_model_and_tokenizer
+from adamba.model import AdambaForCausalLM
+from adamba.publish import update_metrics
+from adamba.recipe import parse
+from adamba.training.evaluation import GameSettings, exit_metrics, losses_by_source, observe_exits, play_tasks
+from adamba.training.session import logger, setup_logging
+
+
+@dataclass
+class EvalArguments:
+    max_length: int = field(default=256, metadata={"help": "Tokens in a packed row."})
+    num_rows: int = field(default=48, metadata={"help": "Held-out rows of each source."})
+    batch_size: int = field(default=16, metadata={"help": "Rows in a forward pass."})
+    exit_thresholds: list[float] = field(
+        default_factory=lambda: [0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99],
+        metadata={"help": "Gate probabilities above which a token exits."},
+    )
+    num_episodes: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Task -> episodes played at full width; 0 or absent: none."}
+    )
+    num_sweep_episodes: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Task -> episodes played at each narrower width and exit threshold."}
+    )
+    sweep_thresholds: list[float] = field(
+        default_factory=lambda: [0.9, 0.98], metadata={"help": "Exit thresholds at which episodes are played."}
+    )
+    play_batch_size: int = field(default=256, metadata={"help": "Episodes played at once."})
+    max_new_tokens: int = field(default=96, metadata={"help": "Tokens in one turn of the model."})
+    seed: int = field(default=0, metadata={"help": "Unused by greedy play; kept with the figures."})
+
+
+@user_errors()
+def main() -> None:
+    model_args, data_args, args, _ = parse(ModelArguments, DataArguments, EvalArguments)
+    setup_logging()
+    torch.manual_seed(args.seed)
+    started = time.monotonic()
+    model, tokenizer = load_model_and_tokenizer(model_args)
+    model.eval()
+    rows = {}
+    for source in data_args.mix:
+        stream = load_mixture({source: 1.0}, **data_args.mixture_options("test"))
+        packed = pack_rows(stream, tokenizer, args.max_length, documents_per_batch=256)
+        rows[source] = list(itertools.islice(packed, args.num_rows))
+        if not rows[source]:
+            raise UserError(f"mix: {source!r} has no held-out row")
+
+    metrics: dict[str, float] = {}
+    for source, loss in losses_by_source(model, rows, args.batch_size).items():
+        metrics["eval_loss" if not source else f"eval_loss_{source}"] = loss
+    metrics["flops_per_token"] = flops_per_token(model.config, context_length=args.max_length)
+    metrics["num_parameters"] = model.num_parameters()
+    metrics["hidden_size"] = model.config.hidden_size
+    logger.info("held-out loss %.4f", metrics["eval_loss"])
+
+    games = GameSettings(args.num_episodes, args.max_new_tokens, args.play_batch_size, data_args.task_settings)
+    sweep = GameSettings(args.num_sweep_episodes, args.max_new_tokens, args.play_batch_size, data_args.task_settings)
+    if games.num_episodes:
+        metrics |= play_tasks(model, tokenizer, games)
+    if isinstance(model, AdambaForCausalLM):
+        metrics |= elastic_metrics(model, tokenizer, rows, args, sweep)
+    metrics["eval_seconds"] = time.monotonic() - started
+    update_metrics(model_args.model_name_or_path, metrics)
+    for key in sorted(metrics):
+        if not key.startswith("gate_bin"):
+            logger.info("  %s: %.6g", key, metrics[key])
+
+
+def elastic_metrics(model, tokenizer, rows, args: EvalArguments, sweep: GameSettings) -> dict[str, float]:
+    """Every width, every threshold."""
+    metrics: dict[str, float] = {}
+    for width in model.config.width_levels.values():
+        for source, loss in losses_by_source(model, rows, args.batch_size, width=width).items():
+            metrics[f"eval_loss_width_{width}" + (f"_{source}" if source else "")] = loss
+        metrics[f"flops_per_token_width_{width}"] = flops_per_token(model.config, width, args.max_length)
+        if sweep.num_episodes:
+            for key, value in play_tasks(model, tokenizer, sweep, width=width).items():
+                metrics[f"{key}_width_{width}"] = value
+    metrics |= exit_metrics(model, observe_exits(model, rows, args.batch_size), args.exit_thresholds)
+    for threshold in args.sweep_thresholds if sweep.num_episodes else ():
+        for key, value in play_tasks(model, tokenizer, sweep, exit_threshold=threshold).items():
+            metrics[f"{key}_threshold_{threshold:g}"] = value
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""
+Train on packed rows: a base or an agent from scratch, and phases 1, 2, 3b and 4b.
+
+    accelerate launch src/run_pretrain.py recipes/tiny/phase1.yaml
+    accelerate launch src/run_pretrain.py recipes/tiny/phase2.yaml --max_steps 10 --mix pydoc_topics=1.0
+"""
+
+import itertools
+from pathlib import Path
+
+import torch
+
+from adamba.data import load_mixture, log_mix, pack_rows
+from adamba.data.arguments import DataArguments
+from adamba.errors import UserError, user_errors
+from adamba.loading import ModelArguments, load_model_and_tokenizer
+from adamba.model import AdambaForCausalLM
+from adamba.recipe import parse
+from adamba.surgery import sort_by_importance
+from adamba.training.elastic import ElasticArguments
+from adamba.training.freezing import freeze_all_but
+from adamba.training.pretraining import PretrainConfig, PretrainTrainer
+from adamba.training.session import finish, logger, measures, start, train
+
+
+@user_errors()
+def main() -> None:
+    model_args, data_args, elastic_args, args, recipe = parse(
+        ModelArguments, DataArguments, ElasticArguments, PretrainConfig
+    )
+    inputs = {"model": model_args.model_name_or_path} if model_args.model_name_or_path else {}
+    output_dir = start(args, recipe, inputs)
+    logger.info("mix: %s", log_mix(data_args.mix))
+
+    model, tokenizer = load_model_and_tokenizer(model_args, data_args)
+    if elastic_args.elastic and not isinstance(model, AdambaForCausalLM):
+        raise UserError(f"elastic: needs a hybrid, but {model_args.model_name_or_path} is a {type(model).__name__}")
+
+    rows = load_mixture(data_args.mix, **data_args.mixture_options("train"))
+    packed = pack_rows(rows, tokenizer, args.max_length, one_source_per_row=True, seed=data_args.mix_seed)
+    if args.sort_by_importance:
+        calibration = [row["input_ids"] for row in itertools.islice(packed, args.num_calibration_rows)]
+        sort_by_importance(model, torch.tensor(calibration).split(8))
+        logger.info("sorted channels, heads and units by importance on %d rows", len(calibration))
+    learning = freeze_all_but(model, args.train_only)
+    logger.info("%s: %d of %d parameters learn", args.train_only, learning, model.num_parameters())
+
+    trainer = PretrainTrainer(
+        model=model,
+        args=args,
+        train_dataset=packed,
+        processing_class=tokenizer,
+        sources=list(data_args.mix),
+        elastic_args=elastic_args,
+    )
+    trained = train(trainer)
+    rows_seen = trained["train_steps"] * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    metrics = trained | measures(trainer, trained["train_seconds"], rows_seen * args.max_length, args.max_length)
+    finish(trainer, tokenizer, Path(output_dir), recipe, metrics, inputs)
+
+
+if __name__ == "__main__":
+    main()

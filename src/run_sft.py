@@ -1,0 +1,53 @@
+"""
+Supervised fine-tuning on conversations with tools: phase 5, and agents.
+
+    accelerate launch src/run_sft.py recipes/tiny/phase5.yaml
+    accelerate launch src/run_sft.py recipes/tiny/phase5.yaml --max_steps 10 --mix calculator=1.0,tic_tac_toe=0.5
+"""
+
+from adamba.data import log_mix
+from adamba.data.arguments import DataArguments
+from adamba.errors import UserError, user_errors
+from adamba.loading import ModelArguments, load_model_and_tokenizer
+from adamba.model import AdambaForCausalLM
+from adamba.recipe import parse
+from adamba.training.elastic import ElasticArguments
+from adamba.training.lora import LoraArguments, merge_adapters, peft_config
+from adamba.training.session import finish, logger, measures, start, train
+from adamba.training.sft import MixSFTConfig, MixSFTTrainer, eval_datasets, evaluate_sources, token_rows
+
+
+@user_errors()
+def main() -> None:
+    model_args, data_args, elastic_args, lora_args, args, recipe = parse(
+        ModelArguments, DataArguments, ElasticArguments, LoraArguments, MixSFTConfig
+    )
+    inputs = {"model": model_args.model_name_or_path} if model_args.model_name_or_path else {}
+    inputs |= data_args.data_files
+    output_dir = start(args, recipe, inputs)
+    logger.info("mix: %s", log_mix(data_args.mix))
+
+    model, tokenizer = load_model_and_tokenizer(model_args, data_args)
+    if elastic_args.elastic and not isinstance(model, AdambaForCausalLM):
+        raise UserError(f"elastic: needs a hybrid, but {model_args.model_name_or_path} is a {type(model).__name__}")
+
+    trainer = MixSFTTrainer(
+        model=model,
+        train_dataset=token_rows(data_args.mix, "train", data_args, tokenizer, args),
+        eval_dataset=eval_datasets(data_args, tokenizer, args),
+        args=args,
+        processing_class=tokenizer,
+        sources=list(data_args.mix),
+        elastic_args=elastic_args,
+        peft_config=peft_config(lora_args),
+    )
+    trained = train(trainer)
+    trained |= evaluate_sources(trainer, data_args.mix)
+    merge_adapters(trainer)
+    rows_seen = trained["train_steps"] * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    metrics = trained | measures(trainer, trained["train_seconds"], rows_seen * args.max_length, args.max_length)
+    finish(trainer, tokenizer, output_dir, recipe, metrics, inputs)
+
+
+if __name__ == "__main__":
+    main()

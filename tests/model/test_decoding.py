@@ -1,0 +1,137 @@
+"""Adaptive decoding: width by name and by router, exit options, what lives in the generation config, the trace."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from adamba.model import AdambaForCausalLM
+from models import hybrid, tokens
+
+GREEDY = {"do_sample": False, "max_new_tokens": 6}
+
+
+def test_a_level_name_is_its_width() -> None:
+    model, prompt = hybrid(0), tokens(0, length=7)
+    for name, width in model.config.width_levels.items():
+        by_name = model.generate(prompt, width=name, **GREEDY)
+        assert model.last_generation.widths == [width] * model.config.num_attention_layers
+        assert torch.equal(by_name, model.generate(prompt, width=width, **GREEDY))
+    outputs = {tuple(model.generate(prompt, width=name, **GREEDY).flatten().tolist()) for name in ("ghost", "think")}
+    assert len(outputs) == 2, "the test needs widths that answer differently"
+
+
+def test_generation_at_a_width_is_greedy_on_the_logits_at_that_width() -> None:
+    model, ids = hybrid(1), tokens(1, length=7)
+    widths = [model.config.width_levels["ghost"], model.config.width_levels["normal"]] * 2
+    widths = widths[: model.config.num_attention_layers]
+    generated = model.generate(ids, width=widths, **GREEDY)
+    for _ in range(GREEDY["max_new_tokens"]):
+        with torch.no_grad():
+            logits = model(ids, width=widths, use_cache=False).logits[:, -1]
+        ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(generated, ids)
+
+
+def spread_router(model: AdambaForCausalLM) -> None:
+    """A router whose decisions are near the border, so that different prompts get different widths."""
+    with torch.no_grad():
+        router = model.model.router
+        router.up_proj.weight.normal_(std=1.0, generator=torch.Generator().manual_seed(5))
+        router.down_proj.weight.normal_(std=1.0, generator=torch.Generator().manual_seed(6))
+        router.down_proj.bias.zero_()
+
+
+@pytest.mark.parametrize("eos_token_id", [None, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_auto_routes_each_row_as_if_it_were_alone(seed: int, eos_token_id: int | None) -> None:
+    model, ids = hybrid(seed), tokens(seed, batch=4, length=9)
+    spread_router(model)
+    if eos_token_id is not None:  # a token that is really generated: rows of a group end at different lengths
+        eos_token_id = int(model.generate(ids, width="auto", **GREEDY)[0, ids.shape[1] + 2])
+    options = {"width": "auto", "eos_token_id": eos_token_id, **GREEDY}
+    mask = torch.ones_like(ids)
+    mask[1, :4], mask[3, :2] = 0, 0
+    ids = ids.masked_fill(mask == 0, model.config.pad_token_id)
+    together = model.generate(ids, attention_mask=mask, **options)
+    trace_widths = model.last_generation.widths
+    assert len({tuple(widths) for widths in trace_widths}) > 1, "the test needs rows that are routed apart"
+    for row in range(4):
+        prompt = ids[row : row + 1, mask[row].bool()]
+        alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+        assert model.last_generation.widths == trace_widths[row]
+        expected, answer = alone[0, prompt.shape[1] :], together[row, ids.shape[1] :]
+        assert torch.equal(answer[: len(expected)], expected)
+        assert (answer[len(expected) :] == model.config.pad_token_id).all()
+
+
+def test_the_router_reads_the_prompt_only_and_its_confidence() -> None:
+    model, ids = hybrid(2), tokens(2, batch=5)
+    spread_router(model)
+    widths = model.route(ids)
+    assert widths.shape == (5, model.config.num_attention_layers)
+    assert set(widths.flatten().tolist()) <= set(model.config.width_levels.values())
+    model.generation_config.router_confidence = 1.0  # never sure: always the widest
+    assert (model.route(ids) == model.config.hidden_size).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exit_mode": "guess"}, "exit_mode: 'guess' is unknown; use propagate or verify"),
+        ({"exit_threshold": 1.5}, "exit_threshold: 1.5 must be a probability"),
+        ({"exit_threshold": -0.1}, "exit_threshold: -0.1 must be a probability"),
+        ({"exit_mode": "verify", "exit_layer": -1}, "exit_layer: -1 must be from 0 to"),
+        ({"exit_mode": "verify", "exit_layer": 99}, "exit_layer: 99 must be from 0 to"),
+        ({"width": "huge"}, "width: unknown level 'huge'"),
+        ({"width": 3}, "width: 3 is not possible"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hybrid(0).generate(tokens(0, batch=1), max_new_tokens=1, **options)
+
+
+def test_verify_needs_a_gate() -> None:
+    model = hybrid(0)
+    without = hybrid(0, first_exit_layer=model.config.num_hidden_layers - 1)
+    with pytest.raises(ValueError, match="exit_mode: verify needs a layer to exit from"):
+        without.generate(tokens(0, batch=1), max_new_tokens=1, exit_mode="verify")
+
+
+def test_options_live_in_the_generation_config(tmp_path: Path) -> None:
+    model, prompt = hybrid(1), tokens(1, length=6)
+    model.generation_config.width = "ghost"
+    model.generation_config.exit_threshold = 0.5
+    model.save_pretrained(tmp_path)
+    loaded = AdambaForCausalLM.from_pretrained(tmp_path)
+    assert (loaded.generation_config.width, loaded.generation_config.exit_threshold) == ("ghost", 0.5)
+    by_config = loaded.generate(prompt, **GREEDY)
+    trace = loaded.last_generation
+    assert trace.widths == [loaded.config.width_levels["ghost"]] * loaded.config.num_attention_layers
+    assert (trace.exit_layers < loaded.config.num_hidden_layers - 1).any(), "no token left early"
+    plain = hybrid(1)
+    assert torch.equal(by_config, plain.generate(prompt, width="ghost", exit_threshold=0.5, **GREEDY))
+    full = loaded.generate(prompt, width="think", exit_threshold=1.0, **GREEDY)
+    assert torch.equal(full, plain.generate(prompt, **GREEDY)), "what the call says wins"
+
+
+def test_the_trace_of_early_exits() -> None:
+    model, prompt = hybrid(2), tokens(2, batch=3, length=6)
+    model.generate(prompt, exit_threshold=0.5, **GREEDY)
+    trace, last = model.last_generation, model.config.num_hidden_layers - 1
+    assert trace.num_layers == model.config.num_hidden_layers
+    assert trace.exit_layers.shape == (3, GREEDY["max_new_tokens"])
+    assert (trace.exit_layers[:, 0] == last).all(), "the first token comes from the prompt's full pass"
+    assert set(trace.exit_layers.unique().tolist()) <= {*model.config.gate_layers, last}
+    assert trace.num_drafted == trace.num_accepted == 0
+
+
+def test_the_trace_of_verified_drafts() -> None:
+    model, prompt = hybrid(2), tokens(2, batch=1, length=6)
+    layer = model.config.gate_layers[-1]
+    sequence = model.generate(prompt, exit_mode="verify", exit_layer=layer, do_sample=False, max_new_tokens=12)
+    trace = model.last_generation
+    assert trace.exit_layers.shape == (1, sequence.shape[1] - prompt.shape[1])
+    assert int((trace.exit_layers == layer).sum()) == trace.num_accepted <= trace.num_drafted
+    assert trace.num_drafted > 0

@@ -1,0 +1,99 @@
+"""The plain torch scan against transformers' own, and against itself step by step."""
+
+import pytest
+import torch
+from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan, mamba2_selective_state_update
+
+from adamba.model.scan_adamba import chunk_scan, scan_step
+
+
+def inputs(seed: int, length: int, dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    batch, heads, groups, head_dim, states = 2, 6, 3, 4, 5
+    return {
+        "x": normal(batch, length, heads, head_dim),
+        "dt": normal(batch, length, heads).abs(),
+        "a": -normal(heads).exp(),
+        "b": normal(batch, length, groups, states),
+        "c": normal(batch, length, groups, states),
+        "d": normal(heads),
+        "state": normal(batch, heads, head_dim, states),
+    }
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize(("length", "chunk"), [(1, 4), (5, 8), (16, 4), (23, 8), (64, 16)])
+def test_chunk_scan_equals_transformers(length: int, chunk: int, with_state: bool) -> None:
+    given = inputs(length, length)
+    state = given["state"] if with_state else None
+    ours = chunk_scan(given["x"], given["dt"], given["a"], given["b"], given["c"], given["d"], chunk, state)
+    theirs = mamba2_chunk_scan(
+        given["x"],
+        given["dt"],
+        given["a"],
+        given["b"],
+        given["c"],
+        chunk_size=min(chunk, length),
+        D=given["d"],
+        initial_states=state,
+        return_final_states=True,
+    )
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_equal_transformers() -> None:
+    given = inputs(0, 23)
+    gradients = []
+    for scan in ("ours", "theirs"):
+        leaves = {key: value.clone().requires_grad_() for key, value in given.items()}
+        x, dt, a, b, c = (leaves[key] for key in ("x", "dt", "a", "b", "c"))
+        if scan == "ours":
+            y, last = chunk_scan(x, dt, a, b, c, leaves["d"], 8, leaves["state"])
+        else:
+            y, last = mamba2_chunk_scan(
+                x, dt, a, b, c, 8, D=leaves["d"], initial_states=leaves["state"], return_final_states=True
+            )
+        (y.sin().sum() + last.cos().sum()).backward()
+        gradients.append({key: leaf.grad for key, leaf in leaves.items()})
+    for key in given:
+        torch.testing.assert_close(gradients[0][key], gradients[1][key], rtol=1e-4, atol=1e-4)
+
+
+def test_steps_equal_the_chunked_form_and_transformers() -> None:
+    given = inputs(3, 11)
+    whole, last = chunk_scan(*(given[key] for key in ("x", "dt", "a", "b", "c", "d")), 4, given["state"])
+    ours, theirs = given["state"].clone(), given["state"].clone()
+    for t in range(11):
+        x, dt, b, c = (given[key][:, t] for key in ("x", "dt", "b", "c"))
+        y = scan_step(x, dt, given["a"], b, c, given["d"], ours)
+        torch.testing.assert_close(y, whole[:, t], rtol=1e-5, atol=1e-5)
+        per_channel = (6, 4)
+        other = mamba2_selective_state_update(
+            theirs,
+            x,
+            dt[..., None].expand(-1, *per_channel),
+            given["a"][:, None, None].expand(*per_channel, 5),
+            b,
+            c,
+            given["d"][:, None].expand(*per_channel),
+        )
+        torch.testing.assert_close(y, other, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, last, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [3, 8, 32])
+def test_no_state_crosses_a_document_border(chunk: int) -> None:
+    given = inputs(5, 20)
+    borders = [0, 1, 9, 12, 20]
+    document = torch.cat([torch.full((2, end - start), n) for n, (start, end) in enumerate(zip(borders, borders[1:]))], 1)
+    names = ("x", "dt", "a", "b", "c")
+    packed, _ = chunk_scan(*(given[key] for key in names), given["d"], chunk, None, document)
+    for start, end in zip(borders, borders[1:], strict=False):
+        part = {key: given[key] if key == "a" else given[key][:, start:end] for key in names}
+        alone, _ = chunk_scan(*part.values(), given["d"], chunk)
+        torch.testing.assert_close(packed[:, start:end], alone, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,101 @@
+"""Reading a family of runs: what is there is read, what is missing is said, what is broken is named."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from adamba.errors import UserError
+from adamba.report import read_family
+
+
+def test_phases_come_in_the_order_of_the_plan(family_dir: Path) -> None:
+    family = read_family(family_dir)
+    names = [phase.name for phase in family.phases]
+    assert family.name == "tiny"
+    assert names[:4] == ["base", "phase0", "phase1", "phase2"] and names[-1] == "phase6_grpo" and len(names) == 11
+    assert not family.missing
+
+
+def test_a_recipes_folder_says_which_phases_there_should_be(family_dir: Path, tmp_path: Path) -> None:
+    recipes = tmp_path / "recipes" / "tiny"
+    recipes.mkdir(parents=True)
+    for name in ("base", "phase1", "phase7"):
+        (recipes / f"{name}.yaml").write_text(f"output_dir: {family_dir / name}\nlearning_rate: 1e-4\n")
+    (recipes / "eval.yaml").write_text("output_dir: somewhere\n")
+    (recipes / "report.yaml").write_text("{}\n")
+    family = read_family(recipes)
+    assert [(phase.name, phase.status) for phase in family.phases] == [
+        ("base", "complete"),
+        ("phase1", "complete"),
+        ("phase7", "missing"),
+    ]
+    base = family.get("base")
+    assert base is not None
+    assert base.evaluation_command == (
+        f"python src/run_eval.py {recipes / 'eval.yaml'} --model_name_or_path {family_dir / 'base'}"
+    )
+
+
+def test_other_runs_beside_the_plan_follow_it(family_dir: Path) -> None:
+    (family_dir / "calculator_agent").mkdir()
+    (family_dir / "calculator_agent" / "metrics.json").write_text('{"accuracy_calculator": 0.99}')
+    (family_dir / "phase1.trainer").mkdir()
+    names = [phase.name for phase in read_family(family_dir).phases]
+    assert names[-1] == "calculator_agent" and "phase1.trainer" not in names
+
+
+def test_series_and_numbers(family_dir: Path) -> None:
+    phase = read_family(family_dir).get("phase4b")
+    assert phase is not None
+    assert list(phase.series("eval_loss_width_")) == [32.0, 64.0, 96.0, 128.0]
+    assert list(phase.series("agreement_threshold_")) == [0.8, 0.9, 0.95, 0.99, 1.0]
+    assert phase.number("accuracy_calculator") is None
+    assert phase.width_name(128.0) == "think" and phase.width_name(48.0) == "48"
+
+
+def test_a_phase_without_metrics_is_unmeasured_and_one_without_folder_missing(family_dir: Path) -> None:
+    (family_dir / "phase2" / "metrics.json").unlink()
+    for file in (family_dir / "phase5").iterdir():
+        file.unlink()
+    (family_dir / "phase5").rmdir()
+    missing = {phase.name: phase.status for phase in read_family(family_dir).missing}
+    assert missing == {"phase2": "unmeasured", "phase5": "missing"}
+
+
+def test_not_finite_metrics_are_named_and_left_out(family_dir: Path) -> None:
+    path = family_dir / "phase1" / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eval_loss": math.nan}))
+    phase = read_family(family_dir).get("phase1")
+    assert phase is not None
+    assert phase.not_finite == ("eval_loss",) and phase.number("eval_loss") is None
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("metrics.json", '{"eval_loss": 3.', "not valid JSON"),
+        ("metrics.json", "[1, 2]", "list found, expected an object"),
+        ("metrics.json", '{"eval_loss": {"a": 1}}', "key eval_loss: dict found, metrics are flat"),
+        ("log_history.json", '{"loss": 1}', "dict found, expected a list"),
+        ("log_history.json", "[1]", "entry 0: int found, expected an object"),
+        ("run.json", "\x00", "not valid JSON"),
+    ],
+)
+def test_a_corrupt_file_is_one_line_that_names_it(family_dir: Path, file: str, content: str, message: str) -> None:
+    path = family_dir / "phase2" / file
+    path.write_text(content)
+    with pytest.raises(UserError) as error:
+        read_family(family_dir)
+    assert str(path) in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_nothing_to_report(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        read_family(tmp_path / "absent")
+    with pytest.raises(UserError, match="no finished run"):
+        read_family(tmp_path)
+    (tmp_path / "phase0.yaml").write_text("output_dir: [\n")
+    with pytest.raises(UserError, match="phase0.yaml: not valid YAML"):
+        read_family(tmp_path)

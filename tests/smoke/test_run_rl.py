@@ -1,0 +1,167 @@
+"""The real GRPO and DPO commands on a tiny random model: they train, publish, resume and refuse bad input."""
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from adamba.data import train_tokenizer
+from adamba.model import AdambaConfig, AdambaForCausalLM
+from adamba.tasks import TASKS
+from adamba.training.agent_rows import preference_rows
+
+ROOT = Path(__file__).parents[2]
+COMMON = {
+    "mix": {"calculator": 1.0, "tic_tac_toe": 1.0},
+    "max_steps": 2,
+    "logging_steps": 1,
+    "learning_rate": 1.0e-3,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+}
+GRPO = COMMON | {
+    "num_prompts": 8,
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_completion_length": 48,
+    "rewards": {"correctness": 1.0, "format": 0.2, "tool_use": 0.1, "efficiency": 0.1},
+}
+DPO = COMMON | {"num_pairs": 16, "per_device_train_batch_size": 4, "max_length": 512}
+
+pytestmark = pytest.mark.smoke
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    texts = [json.dumps(task.example(seed, "train")) for task in TASKS.values() for seed in range(50)]
+    tokenizer = train_tokenizer(texts, vocab_size=512)
+    torch.manual_seed(0)
+    config = AdambaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        layer_types=["full_attention", "linear_attention"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        mamba_head_dim=8,
+        mamba_state_size=8,
+        mamba_num_groups=2,
+        width_levels={"ghost": 16, "think": 32},
+        max_position_embeddings=512,
+    )
+    AdambaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write(recipe: dict, folder: Path) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"output_dir": str(folder / "out")}))
+    return path
+
+
+def run_here(script: str, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "src" / script), str(recipe)])
+    import_module(script.removesuffix(".py")).main()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.parametrize(("script", "recipe"), [("run_grpo.py", GRPO), ("run_dpo.py", DPO)])
+def test_the_command_trains_and_publishes(script: str, recipe: dict, checkpoint: Path, tmp_path: Path) -> None:
+    path = write(recipe | {"model_name_or_path": str(checkpoint)}, tmp_path)
+    command = [sys.executable, str(ROOT / "src" / script), str(path), "--max_steps", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "calculator 1.0 (50.0 %), tic_tac_toe 1.0 (50.0 %)" in done.stderr
+    out = tmp_path / "out"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["train_steps"] == 2 and metrics["tokens_seen"] > 0 and metrics["train_loss"] is not None
+    assert {"recipe.yaml", "run.json", "README.md", "tokenizer.json"} <= {path.name for path in out.iterdir()}
+    before, after = weights(checkpoint), weights(out)
+    assert before.keys() == after.keys()
+    if script == "run_dpo.py":  # a random model's GRPO groups may all score alike, and then teach nothing
+        assert any(not torch.equal(before[name], after[name]) for name in before)
+        assert 0 <= metrics["preference_accuracy_last"] <= 1
+    else:
+        assert 0 <= metrics["reward_last"] <= sum(GRPO["rewards"].values())
+
+
+@pytest.mark.parametrize(("script", "recipe"), [("run_grpo.py", GRPO), ("run_dpo.py", DPO)])
+def test_lora_by_recipe_keys_alone(
+    script: str, recipe: dict, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"use_peft": True, "lora_r": 4, "model_name_or_path": str(checkpoint), "max_steps": 1}
+    run_here(script, write(recipe | keys, tmp_path), monkeypatch)
+    before, after = weights(checkpoint), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+
+
+def test_dpo_on_trajectories_from_a_file(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [TASKS["tic_tac_toe"].preference(seed, "train") for seed in range(6)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    files = {"data_files": {"pairs": str(tmp_path / "pairs.jsonl")}, "mix": {"pairs": 1.0}, "max_steps": 1}
+    run_here("run_dpo.py", write(DPO | {"model_name_or_path": str(checkpoint)} | files, tmp_path), monkeypatch)
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert set(run["input_paths"]) == {"model", "pairs"}
+
+
+def test_grpo_without_tools(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"mix": {"calculator": 1.0}, "task_settings": {"calculator": {"tool_free": True}}, "max_steps": 1}
+    run_here("run_grpo.py", write(GRPO | {"model_name_or_path": str(checkpoint)} | free, tmp_path), monkeypatch)
+    assert (tmp_path / "out" / "metrics.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("script", "change", "message"),
+    [
+        ("run_grpo.py", {"rewards": {"speed": 1.0}}, "rewards: unknown reward 'speed'"),
+        ("run_grpo.py", {"mix": {"chess": 1.0}}, "mix: 'chess' is unknown"),
+        ("run_grpo.py", {"task_settings": {"calculator": {"size": 3}}}, "unknown key 'size'"),
+        ("run_dpo.py", {"num_pairs": 0}, "num_pairs: 0"),
+        ("run_dpo.py", {"data_files": {"pairs": "no.jsonl"}, "mix": {"pairs": 1.0}}, "no.jsonl: cannot read"),
+    ],
+)
+def test_bad_input_gets_one_line(
+    script: str,
+    change: dict,
+    message: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = {"run_grpo.py": GRPO, "run_dpo.py": DPO}[script]
+    path = write(recipe | {"model_name_or_path": str(checkpoint)} | change, tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        run_here(script, path, monkeypatch)
+    assert stopped.value.code == 2 and not (tmp_path / "out").exists()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ") and message in lines[-1]
+
+
+def test_pairs_keep_each_tools_own_arguments() -> None:
+    rows = preference_rows(
+        {"calculator": 1.0, "tic_tac_toe": 1.0}, 20, split="test", seed=1, settings={}, data_files={}
+    )
+    for row in rows:
+        for message in row["prompt"] + row["chosen"] + row["rejected"]:
+            for call in message.get("tool_calls") or []:
+                assert list(call["function"]["arguments"]) == [
+                    {"calculator": "expression", "play": "cell"}[call["function"]["name"]]
+                ]

@@ -1,0 +1,123 @@
+"""`run_sft.py` on a tiny hybrid: packed and not, with LoRA, resumed, and with bad input."""
+
+import json
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import run_sft
+from adamba.data import train_tokenizer
+from adamba.model import AdambaConfig, AdambaForCausalLM
+
+pytestmark = pytest.mark.smoke
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = train_tokenizer(
+        ['Calculate 5 + 3? calculator {"expression": "1"} play {"cell": 3} # Answer:'] * 9, 400
+    )
+    config = AdambaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        layer_types=["full_attention", "linear_attention"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        mamba_head_dim=8,
+        mamba_state_size=8,
+        mamba_num_groups=2,
+        width_levels={"ghost": 16, "think": 32},
+    )
+    AdambaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(base, tmp_path):
+    def write(**changes):
+        values = {
+            "model_name_or_path": str(base),
+            "mix": {"calculator": 1.0, "tic_tac_toe": 0.5},
+            "max_length": 192,
+            "packing": True,
+            "assistant_only_loss": True,
+            "max_steps": 6,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 0.01,
+            "num_eval_rows": 3,
+            "logging_steps": 2,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "output_dir": str(tmp_path / "out"),
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text("# accelerate launch src/run_sft.py recipe.yaml\n" + yaml.safe_dump(values | changes))
+        return path
+
+    return write
+
+
+def run(monkeypatch, recipe, *options):
+    monkeypatch.setattr("sys.argv", ["src/run_sft.py", str(recipe), *options])
+    run_sft.main()
+
+
+def test_packed_sft_learns_and_logs_each_source(monkeypatch, recipe, tmp_path):
+    run(monkeypatch, recipe())
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["tokens_seen"] == 6 * 2 * 192
+    assert metrics["eval_loss"] == pytest.approx(
+        (2 * metrics["eval_loss_calculator"] + metrics["eval_loss_tic_tac_toe"]) / 3
+    )
+    history = json.loads((tmp_path / "out/log_history.json").read_text())
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert {"loss_calculator", "loss_tic_tac_toe"} <= {key for entry in history for key in entry}
+    assert {"eval_loss_calculator", "eval_loss_tic_tac_toe"} <= {key for entry in history for key in entry}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.response_template and tokenizer.chat_template
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_rows_can_stand_alone(monkeypatch, recipe, tmp_path):
+    run(monkeypatch, recipe(packing=False, max_steps=2))
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["train_loss"] > 0
+
+
+def test_lora_is_merged_into_a_whole_checkpoint(monkeypatch, recipe, base, tmp_path):
+    run(monkeypatch, recipe(use_peft=True, lora_r=4, max_steps=2))
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    assert trained.keys() == before.keys()
+    changed = {name for name in trained if not trained[name].equal(before[name])}
+    assert changed and all(name.split(".")[-2].endswith("_proj") for name in changed)
+    assert not [name for name in changed if "gate" in name.split(".")[2] or "router" in name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mix": {"calculater": 1.0}}, "did you mean 'calculator'"),
+        ({"mix": {"calculator": -1.0}}, "weight of 'calculator' is -1"),
+        ({"max_length": 12, "packing": False}, "max_length: 12 cuts off everything"),
+        ({"max_steps": -1}, "max_steps: -1 must be given"),
+        ({"packing_strategy": "wrapped"}, "packing_strategy: 'wrapped' is not supported"),
+        ({"lora_r": 0}, "lora_r: 0 must be"),
+        ({"model_name_or_path": "checkpoints/nowhere"}, "checkpoints/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(monkeypatch, recipe, tmp_path, capsys, changes, message):
+    with pytest.raises(SystemExit) as exit:
+        run(monkeypatch, recipe(**changes))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 2 and error.startswith("error: ") and message in error
+    assert not (tmp_path / "out").exists()

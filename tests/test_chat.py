@@ -1,0 +1,325 @@
+"""The chat: token-exact conversations, tools, what an answer cost, commands, games, the command itself."""
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import run_chat
+from adamba.chat import Answer, ChatOptions, ChatSession, furthest_checkpoint
+from adamba.chat_terminal import Chat, TurnText
+from adamba.data import train_tokenizer
+from adamba.errors import UserError
+from adamba.model import AdambaConfig, AdambaForCausalLM
+from adamba.tasks import TASKS
+from adamba.tasks.tic_tac_toe_rules import best_moves
+from adamba.tools import ToolCall
+
+REPOSITORY = Path(__file__).parents[1]
+CALCULATOR = TASKS["calculator"].environment
+CALL = '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    texts = [json.dumps(task.example(seed, "train")) for task in TASKS.values() for seed in range(50)]
+    return train_tokenizer(texts, vocab_size=512)
+
+
+@pytest.fixture(scope="module")
+def hybrid(tokenizer: PreTrainedTokenizerFast) -> AdambaForCausalLM:
+    torch.manual_seed(0)
+    return AdambaForCausalLM(AdambaConfig.from_depth(4, vocab_size=512))
+
+
+class Scripted:
+    """A model that says what a function of the rendered conversation says, streamed; it may be interrupted."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, speak: Callable[[str], str], limit: int = 4096) -> None:
+        self.tokenizer, self.speak, self.interrupt_after = tokenizer, speak, 10**9
+        self.config = SimpleNamespace(max_position_embeddings=limit, num_hidden_layers=3)
+        self.device = torch.device("cpu")
+
+    def eval(self) -> "Scripted":
+        return self
+
+    def generate(self, input_ids: torch.Tensor, streamer: Any, max_new_tokens: int, **_: Any) -> torch.Tensor:
+        context = self.tokenizer.decode(input_ids[0], skip_special_tokens=False)
+        assert context.endswith("<|im_start|>assistant\n")
+        streamer.put(input_ids)
+        new = self.tokenizer.encode(self.speak(context) + "<|im_end|>")[:max_new_tokens]
+        for position, token in enumerate(new):
+            if position == self.interrupt_after:
+                raise KeyboardInterrupt
+            streamer.put(torch.tensor([token]))
+        return torch.cat([input_ids, torch.tensor([new])], dim=1)
+
+
+def calculate(context: str) -> str:
+    """Call the calculator once, then quote it; plain talk about anything else."""
+    question = context.rsplit("<|im_start|>user\n", 1)[1]
+    if "Calculate" not in question:
+        return "Grüße ☃ [bold]"
+    if "<tool_response>" not in question:
+        return CALL.format("calculator", '{"expression": "5 + 3"}')
+    result = question.split("<tool_response>\n")[1].split("\n")[0]
+    return f'5 + 3 # Answer: "{result}"'
+
+
+class Record:
+    """A view that remembers what it was shown."""
+
+    def __init__(self) -> None:
+        self.raw = ""
+        self.events: list[tuple[str, str]] = []
+
+    def text(self, piece: str) -> None:
+        self.raw += piece
+
+    def call(self, call: ToolCall) -> None:
+        self.events.append((call.name, json.dumps(call.arguments)))
+
+    def result(self, call: ToolCall, answer: str) -> None:
+        self.events.append(("result", answer))
+
+
+def chat_with(session: ChatSession, lines: Iterable[str]) -> tuple[Chat, StringIO]:
+    output, waiting = StringIO(), iter(lines)
+
+    def read(_: str) -> str:
+        try:
+            return next(waiting)
+        except StopIteration:
+            raise EOFError from None
+
+    return Chat(session, Console(file=output, width=100), read), output
+
+
+def test_the_conversation_is_what_the_template_renders(tokenizer: PreTrainedTokenizerFast) -> None:
+    session = ChatSession(Scripted(tokenizer, calculate), tokenizer, ChatOptions(), CALCULATOR)
+    view = Record()
+    assert session.answer("Calculate 5 + 3?", view).text == '5 + 3 # Answer: "8.0"'
+    assert view.events == [("calculator", '{"expression": "5 + 3"}'), ("result", "8.0")]
+    assert session.answer("Hello", view).text == "Grüße ☃ [bold]"
+    assert view.raw.endswith('# Answer: "8.0"Grüße ☃ [bold]')
+    call = {"type": "function", "function": {"name": "calculator", "arguments": {"expression": "5 + 3"}}}
+    messages = [
+        {"role": "user", "content": "Calculate 5 + 3?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "calculator", "content": "8.0"},
+        {"role": "assistant", "content": '5 + 3 # Answer: "8.0"'},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Grüße ☃ [bold]"},
+    ]
+    rendered = tokenizer.apply_chat_template(messages, tools=session.schemas, tokenize=True, return_dict=False)
+    assert session.ids == rendered
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ChatOptions(max_new_tokens=9),
+        ChatOptions(max_new_tokens=9, width="auto", exit_threshold=0.3),
+        ChatOptions(max_new_tokens=9, width="64", exit_threshold=1.0),
+        ChatOptions(max_new_tokens=9, exit_mode="verify", exit_threshold=0.3, temperature=1.0),
+    ],
+)
+def test_a_hybrid_says_how_wide_and_deep_it_was(
+    tokenizer: PreTrainedTokenizerFast, hybrid: AdambaForCausalLM, options: ChatOptions
+) -> None:
+    session = ChatSession(hybrid, tokenizer, options, CALCULATOR)
+    view = Record()
+    answer = session.answer("What is 1 + 1?", view)
+    levels = set(hybrid.config.width_levels.values())
+    assert answer.num_tokens >= 9 and set(answer.widths) <= levels | {hybrid.config.hidden_size}
+    if options.exit_threshold < 1:
+        assert len(answer.layers) == answer.num_tokens and set(answer.layers) <= {1, 2, 3, 4}
+    assert (answer.num_drafted > 0) == (options.exit_mode == "verify")
+    assert view.raw == tokenizer.decode(session.ids[-answer.num_tokens - 1 : -1], skip_special_tokens=True)
+
+
+def test_a_dense_base_can_be_talked_to(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                         num_attention_heads=2, max_position_embeddings=256)  # fmt: skip
+    model = LlamaForCausalLM(config)
+    answer = ChatSession(model, tokenizer, ChatOptions(max_new_tokens=5), CALCULATOR).answer("Hello", Record())
+    assert answer.widths == [] and "all 1 layers" in answer.summary({})
+    with pytest.raises(UserError, match="dense model"):
+        ChatSession(model, tokenizer, ChatOptions(width="32"), CALCULATOR)
+
+
+def test_summary() -> None:
+    answer = Answer(num_layers=8, widths=[128, 128], layers=[8, 3, 5], num_tokens=38, seconds=0.19)
+    assert answer.summary({128: "think"}) == "width think 128 · exit layers mean 5.3 of 8 · 38 tokens · 200 tok/s"
+    mixed = Answer(num_layers=8, widths=[32, 128], num_tokens=1, seconds=1, interrupted=True)
+    assert mixed.summary({}) == "width 32 to 128, mean 80 · all 8 layers · 1 tokens · 1 tok/s · stopped"
+
+
+def test_an_interrupted_answer_is_kept_and_the_talk_goes_on(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = Scripted(tokenizer, calculate)
+    session = ChatSession(model, tokenizer, ChatOptions(), CALCULATOR)
+    model.interrupt_after = 2
+    answer = session.answer("Hello", Record())
+    assert answer.interrupted and answer.num_tokens == 2 and session.ids[-1] == tokenizer.eos_token_id
+    model.interrupt_after = 10**9
+    assert session.answer("Calculate 5 + 3?", Record()).text == '5 + 3 # Answer: "8.0"'
+
+
+def test_a_full_context_is_an_error_that_changes_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
+    session = ChatSession(Scripted(tokenizer, calculate, limit=130), tokenizer, ChatOptions(), CALCULATOR)
+    session.answer("Hello", Record())
+    before = list(session.ids)
+    with pytest.raises(UserError, match="of 130 tokens are used; /reset"):
+        session.answer("Calculate " * 20, Record())
+    assert session.ids == before
+
+
+def test_a_loop_of_calls_ends(tokenizer: PreTrainedTokenizerFast) -> None:
+    call = CALL.format("calculator", '{"expression": "1"}')
+    session = ChatSession(Scripted(tokenizer, lambda _: call), tokenizer, ChatOptions(), CALCULATOR)
+    view = Record()
+    session.answer("Calculate", view)
+    assert len(view.events) == 24 and view.events[-1][1].startswith("error")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"exit_threshold": 1.5}, {"exit_mode": "guess"}, {"temperature": -1.0}, {"width": "huge"}]
+)
+def test_a_bad_option_is_one_line_and_changes_nothing(
+    tokenizer: PreTrainedTokenizerFast, hybrid: AdambaForCausalLM, changes: dict[str, Any]
+) -> None:
+    session = ChatSession(hybrid, tokenizer, ChatOptions(), CALCULATOR)
+    key, value = next(iter(changes.items()))
+    with pytest.raises(UserError, match=key) as error:
+        session.set_options(**changes)
+    assert str(value) in str(error.value) and session.options == ChatOptions()
+
+
+def test_pieces_are_the_same_however_the_text_is_cut() -> None:
+    text = 'Let me <b>think.<think>\nsecret <tool</think>\n\nYes<tool_call>\n{"name": "x"}\n</tool_call> then <'
+    expected = [("", "Let me <b>think."), ("dim", "\nsecret <tool"), ("", "\n\nYes then <")]
+    rng = random.Random(0)
+    for _ in range(50):
+        turn, pieces, start = TurnText(), [], 0
+        while start < len(text):
+            end = start + rng.randint(1, 7)
+            pieces += turn.feed(text[start:end])
+            start = end
+        pieces += turn.rest()
+        joined = [(style, "".join(t for s, t in pieces if s == style)) for style in ("", "dim")]
+        assert joined == [("", expected[0][1] + expected[2][1]), expected[1]]
+
+
+def test_talk_streams_and_shows_calls_results_and_cost(tokenizer: PreTrainedTokenizerFast) -> None:
+    session = ChatSession(Scripted(tokenizer, calculate), tokenizer, ChatOptions(), CALCULATOR)
+    chat, output = chat_with(session, ["Calculate 5 + 3?", "", "hi", "/quit", "never read"])
+    chat.talk()
+    lines = output.getvalue().splitlines()
+    assert lines[:3] == ["→ calculator(expression='5 + 3')", "← 8.0", '5 + 3 # Answer: "8.0"']
+    assert lines[3].startswith("all 3 layers · ") and lines[4] == "Grüße ☃ [bold]" and len(lines) == 6
+
+
+def test_control_characters_do_not_reach_the_terminal(tokenizer: PreTrainedTokenizerFast) -> None:
+    session = ChatSession(Scripted(tokenizer, lambda _: "a\x1b[31mb"), tokenizer, ChatOptions(), CALCULATOR)
+    chat, output = chat_with(session, ["hi"])
+    chat.talk()
+    assert "\x1b" not in output.getvalue() and "a\ufffd[31mb" in output.getvalue()
+
+
+def test_commands(tokenizer: PreTrainedTokenizerFast, hybrid: AdambaForCausalLM) -> None:
+    session = ChatSession(hybrid, tokenizer, ChatOptions(), CALCULATOR)
+    session.ids = [1, 2, 3]
+    lines = ["/help", "/tools", "/width 64", "/exit-threshold 0.5", "/exit-threshold no", "/exit-mode verify"]
+    chat, output = chat_with(session, [*lines, "/temperature 0.5", "/width 63", "/bogus", "/reset"])
+    chat.talk()
+    text = output.getvalue()
+    assert session.options == ChatOptions("64", 0.5, "verify", 0.5) and session.ids == []
+    assert "calculator(expression) Evaluate an expression." in text and "/quit" in text
+    assert "'no' is no number" in text and "/bogus: unknown command" in text and "width: 63 is not possible" in text
+
+
+def play_best(context: str) -> str:
+    last = context.rsplit("<tool_response>", 1)[-1]
+    if "You " in last.rsplit("\n", 4)[-3] or "Draw" in last:
+        return "Draw."
+    board = [line for line in context.split("\n") if line.count(" / ") == 2][-1].replace(" / ", "").replace(" ", "")
+    return CALL.format("play", json.dumps({"cell": best_moves(board)[0]}))
+
+
+def test_a_game_against_the_user(tokenizer: PreTrainedTokenizerFast) -> None:
+    seen: list[str] = []
+
+    def speak(context: str) -> str:
+        seen.append(context)
+        return play_best(context) if "win." not in context and "Draw." not in context else "Draw."
+
+    session = ChatSession(Scripted(tokenizer, speak), tokenizer, ChatOptions(), TASKS["tic_tac_toe"].environment)
+    cells = [str(cell) for cell in (5, 5, 1, 2, 3, 4, 6, 7, 8, 9)] * 3
+    chat, output = chat_with(session, ["0", "five", *cells])
+    chat.play(num_games=2)
+    text = output.getvalue()
+    assert "Game 1. You are O." in text and "Game 2. You are X." in text and "five is not free" in text
+    assert text.count("The model wins.") + text.count("Draw.") >= 2 and "You win." not in text
+    assert seen[0].rsplit("user\n", 1)[1].startswith("Tic-tac-toe. You are X.\n. . . / . . . / . . .")
+    assert session.schemas[0]["function"]["name"] == "play" and "wait for the user" not in json.dumps(session.schemas)
+
+
+def test_leaving_and_restarting_in_the_middle_of_a_game(tokenizer: PreTrainedTokenizerFast) -> None:
+    session = ChatSession(Scripted(tokenizer, play_best), tokenizer, ChatOptions(), TASKS["tic_tac_toe"].environment)
+    chat, output = chat_with(session, ["/reset", "/width 3", "/quit"])
+    chat.play()
+    assert "Game 2" in output.getvalue() and "dense model" in output.getvalue()
+
+
+def test_furthest_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no finished phase"):
+        furthest_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        furthest_checkpoint(tmp_path / "absent")
+    for name in ("base", "phase5", "phase2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text("{}")
+    (tmp_path / "phase6_grpo").mkdir()
+    assert furthest_checkpoint(tmp_path) == tmp_path / "phase5"
+    (tmp_path / "phase2" / "config.json").write_text("{}")
+    assert furthest_checkpoint(tmp_path / "phase2") == tmp_path / "phase2"
+
+
+@pytest.mark.smoke
+def test_the_command(
+    tokenizer: PreTrainedTokenizerFast,
+    hybrid: AdambaForCausalLM,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "phase2"
+    hybrid.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "run.json").write_text('{"files": {}}')
+    capsys.readouterr()
+
+    monkeypatch.setattr(sys, "argv", ["run_chat.py", str(folder), "--max-new-tokens", "5"])
+    monkeypatch.setattr(sys, "stdin", StringIO("/width 64\nhello\n"))
+    run_chat.main()
+    assert "width normal 64 · " in capsys.readouterr().out
+
+    monkeypatch.setattr(sys, "argv", ["run_chat.py", "--task", "chess"])
+    with pytest.raises(SystemExit) as stopped:
+        run_chat.main()
+    assert stopped.value.code == 2 and "task: 'chess' is unknown" in capsys.readouterr().err
+
+    command = [sys.executable, "src/run_chat.py", tmp_path, "--prompt", "What is 1 + 1?", "--max-new-tokens", "5"]
+    done = subprocess.run([*map(str, command), "--width", "auto"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(folder) in done.stdout and " · exit layers mean " in done.stdout and "tok/s" in done.stdout

@@ -1,0 +1,97 @@
+"""The Makefile: what it lists exists, and an unusable Python gets a clear line."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def make(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    # MAKEFLAGS and MAKELEVEL of the `make test` this runs under would change what the inner make prints
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    return subprocess.run(
+        ["make", *arguments], cwd=cwd, env=inherited | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_help_is_the_default_and_lists_every_target():
+    done = make()
+    listed = set(re.findall(r"^  ([a-z0-9-]+) {2,}\S", done.stdout, re.MULTILINE))
+    assert {"setup", "demo", "test", "quality", "clean", *(f"phase{i}" for i in range(7))} <= listed
+
+
+def test_every_script_a_target_names_exists():
+    for script in re.findall(r"src/\w+\.py", (ROOT / "Makefile").read_text()):
+        assert (ROOT / script).is_file(), script
+
+
+def test_phase_prints_and_runs_the_recipes_own_command(project):
+    (project / "run_x.py").write_text("import sys; print('ran', sys.argv[1:])")
+    recipes = project / "recipes/tiny"
+    recipes.mkdir(parents=True)
+    for phase in ("3a", "3b"):
+        (recipes / f"phase{phase}.yaml").write_text(f"# accelerate launch run_x.py phase{phase}\n# CPU\nkey: 1\n")
+    done = make("phase3", "RECIPES=recipes/tiny", "ARGS=--max_steps 3", cwd=project)
+    assert done.stdout.splitlines() == [
+        "python run_x.py phase3a --max_steps 3",
+        "ran ['phase3a', '--max_steps', '3']",
+        "python run_x.py phase3b --max_steps 3",
+        "ran ['phase3b', '--max_steps', '3']",
+    ], done.stderr
+    done = make("phase5", "RECIPES=recipes/tiny", cwd=project)
+    assert done.returncode != 0 and "error: recipes/tiny/phase5.yaml: no such recipe" in done.stderr
+
+
+def test_failing_phase_fails_the_target(project):
+    (project / "run_x.py").write_text("raise SystemExit(2)")
+    (project / "recipes").mkdir()
+    (project / "recipes/phase5.yaml").write_text("# accelerate launch run_x.py recipes/phase5.yaml\n")
+    assert make("phase5", "LAUNCH=python", cwd=project).returncode != 0
+
+
+def test_setup_refuses_an_old_python_in_one_line(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "constraints.txt").touch()
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("sh", "make", "head", "touch"):
+        (tools / tool).symlink_to(shutil.which(tool) or tool)
+    old = tools / "python3"
+    old.write_text('#!/bin/sh\nif [ "$1" = --version ]; then echo "Python 3.10.13"; else exit 1; fi\n')
+    old.chmod(0o755)
+    done = make("setup", cwd=tmp_path, PATH=str(tools))
+    assert done.returncode != 0
+    assert "error: Adamba needs Python 3.11 or newer; python3 is Python 3.10.13." in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_clean_keeps_paid_checkpoints(project):
+    for name in (
+        "checkpoints/tiny/base",
+        "checkpoints/phase5",
+        "reports/tiny",
+        "logs/tiny",
+        "src/a/__pycache__",
+        "tests",
+    ):
+        (project / name).mkdir(parents=True)
+    assert make("clean", cwd=project).returncode == 0
+    assert (project / "checkpoints/phase5").is_dir() and not (project / "checkpoints/tiny").exists()
+    assert not (project / "reports/tiny").exists() and not (project / "src/a/__pycache__").exists()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder whose environment counts as installed."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "constraints.txt").touch()
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/.installed").touch()
+    return tmp_path

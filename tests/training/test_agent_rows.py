@@ -1,0 +1,77 @@
+"""Rows for GRPO and DPO: drawn by weight, repeatable, and trajectories read with errors that name the line."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from adamba.tasks import TASKS
+from adamba.training.agent_rows import preference_rows, prompt_rows, read_pairs
+
+MIX = {"calculator": 3.0, "tic_tac_toe": 1.0}
+USER = [{"role": "user", "content": "5 + 3 = ?"}]
+GOOD, BAD = [{"role": "assistant", "content": "8"}], [{"role": "assistant", "content": "9"}]
+PAIR = {"prompt": USER, "chosen": GOOD, "rejected": BAD}
+
+
+def test_prompts_are_drawn_by_weight_and_repeatable() -> None:
+    rows = prompt_rows(MIX, 400, split="train", seed=1, settings={"tic_tac_toe": {"opponent": "perfect"}})
+    count = Counter(rows["environment"])
+    assert 270 < count["calculator"] < 330 and count.total() == 400
+    assert {row["opponent"] for row in rows} == {None, "perfect"}
+    again = prompt_rows(MIX, 400, split="train", seed=1, settings={"tic_tac_toe": {"opponent": "perfect"}})
+    assert rows.to_list() == again.to_list()
+    assert rows.to_list() != prompt_rows(MIX, 400, split="train", seed=2, settings={}).to_list()
+    for row in rows.select(range(20)):  # a row resets its environment, other tasks' columns notwithstanding
+        environment = TASKS[row["environment"]].environment()
+        assert environment.reset(**{key: value for key, value in row.items() if key != "environment"}) is None
+
+
+def test_unknown_sources_are_refused() -> None:
+    with pytest.raises(ValueError, match="mix: 'chess' is unknown; use calculator, tic_tac_toe"):
+        prompt_rows({"chess": 1.0}, 1, split="train", seed=0, settings={})
+    with pytest.raises(ValueError, match="task_settings: 'chess'"):
+        prompt_rows(MIX, 1, split="train", seed=0, settings={"chess": {}})
+
+
+def test_trajectories_repeat_and_mix_with_tasks(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(PAIR) + "\n\n" + json.dumps(PAIR | {"chosen": BAD, "rejected": GOOD}))
+    rows = preference_rows(
+        {"pairs": 1.0, "tic_tac_toe": 1.0},
+        60,
+        split="train",
+        seed=0,
+        settings={},
+        data_files={"pairs": str(path)},
+    )
+    assert set(rows["source"]) == {"pairs", "tic_tac_toe"}
+    answers = Counter(row["chosen"][0]["content"] for row in rows if row["source"] == "pairs")
+    assert set(answers) == {"8", "9"}
+    assert all(row["tools"] == [] for row in rows if row["source"] == "pairs")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "line 1: not valid JSON"),
+        (json.dumps(PAIR) + "\n[]", "line 2: key 'prompt'"),
+        (json.dumps(PAIR | {"chosen": "8"}), "line 1: key 'chosen'"),
+        (json.dumps(PAIR | {"rejected": []}), "line 1: key 'rejected'"),
+        (json.dumps(PAIR | {"rejected": [{"content": "9"}]}), "line 1: key 'rejected'"),
+        (json.dumps(PAIR | {"rejected": GOOD}), "line 1: chosen and rejected are the same"),
+        ("\n\n", "holds no trajectories"),
+    ],
+)
+def test_bad_trajectories_are_refused_by_line(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"pairs.jsonl: {message}") as error:
+        read_pairs(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ValueError, match="nowhere.jsonl: cannot read"):
+        read_pairs("nowhere.jsonl")
