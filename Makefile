@@ -5,13 +5,20 @@ SHELL := /bin/sh
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 
+# What is looked at afterwards (eval, chat, report) is the tiny family unless RECIPES names another.
+MEASURED := $(if $(RECIPES),$(RECIPES),recipes/tiny)
 RECIPES ?= recipes
+CHECKPOINT ?=
 ARGS ?=
 # One process on a CPU needs no launcher, and starts seconds earlier without.
 ifneq ($(filter recipes/tiny recipes/agents,$(RECIPES)),)
 LAUNCH ?= python
+endif
+# A launcher that is given replaces the recipe's own and its accelerate config.
+ifdef LAUNCH
+LAUNCHER := s|^\# *accelerate launch( --config_file [^ ]+)?|$(LAUNCH)|p
 else
-LAUNCH ?= accelerate launch --quiet
+LAUNCHER := s|^\# *accelerate launch|accelerate launch --quiet|p
 endif
 
 STAMP := .venv/.installed
@@ -23,9 +30,9 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 # A recipe's first line is the command that launches it; $(1) is the recipe's path.
 define launch
-@command=$$(sed -n '1s|^# *accelerate launch|$(LAUNCH)|p' $(1) 2>/dev/null || true); \
+@command=$$(sed -nE '1$(LAUNCHER)' $(1) 2>/dev/null || true); \
 if [ -z "$$command" ]; then echo "error: $(1): no such recipe, or its first line is not '# accelerate launch ...'" >&2; exit 2; fi; \
-command="$$command $(ARGS)"; echo "$$command"; exec $$command
+command="$$command$(if $(ARGS), $(ARGS))"; echo "$$command"; exec $$command
 endef
 
 .PHONY: help
@@ -120,9 +127,28 @@ phase6: phase6_grpo  ## reinforcement learning with tools: GRPO (phase6_dpo: DPO
 phase6_grpo phase6_dpo: $(STAMP)
 	$(call launch,$(RECIPES)/$@.yaml)
 
+.PHONY: agents
+agents: $(STAMP)  ## single-task agents from scratch (calculator, tic-tac-toe, both), each measured; resumes too
+	$(OFFLINE) $(PY) src/run_demo.py recipes/agents $(ARGS)
+
+.PHONY: eval
+eval: $(STAMP)  ## measure CHECKPOINT=<folder> (default: after phase 6) at every width and exit threshold
+	$(PY) src/run_eval.py $(MEASURED)/eval.yaml $(if $(CHECKPOINT),--model_name_or_path $(CHECKPOINT)) $(ARGS)
+
+.PHONY: chat
+chat: $(STAMP)  ## talk to CHECKPOINT=<folder> (default: the furthest phase) in the terminal
+	$(OFFLINE) $(PY) src/run_chat.py $(if $(CHECKPOINT),$(CHECKPOINT),$(MEASURED)) $(ARGS)
+
 .PHONY: report
 report: $(STAMP)  ## draw reports/<family>/report.html and report.json from all checkpoints of a family
-	$(OFFLINE) $(PY) src/run_report.py $(RECIPES) $(ARGS)
+	$(OFFLINE) $(PY) src/run_report.py $(MEASURED) $(ARGS)
+
+.PHONY: bench
+bench: $(STAMP)  ## every measurement of bench/, one after another
+	@status=0; \
+	for bench in $(sort $(wildcard bench/*.py)); do \
+	  echo "$(OFFLINE) $(PY) $$bench $(ARGS)"; $(OFFLINE) $(PY) $$bench $(ARGS) || status=$$?; \
+	done; exit $$status
 
 .PHONY: clean
 clean:  ## remove caches, logs and everything of the tiny family (never the other families' checkpoints)

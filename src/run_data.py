@@ -15,14 +15,22 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from adamba.data import Renderer, load_cards, log_mix, parse_mix
 from adamba.data.arguments import DataArguments
 from adamba.data.download import download
-from adamba.data.row_stats import collect, coloured, look_tokenizer, mix_as_it_comes, source_rows, summary
+from adamba.data.row_stats import (
+    as_conversation,
+    collect,
+    coloured,
+    look_tokenizer,
+    mix_as_it_comes,
+    source_rows,
+    summary,
+)
 from adamba.data.sources import DOWNLOAD_DIR
 from adamba.errors import UserError, user_errors
+from adamba.loading import ModelArguments, load_tokenizer
 from adamba.recipe_file import read_recipe
 
 console = Console(highlight=False)
@@ -70,19 +78,23 @@ def list_cards(options: argparse.Namespace) -> None:
     table = Table("id", "from", "format", "licence", "for", "size", box=None, pad_edge=False)
     for card in load_cards(options.cards_dir).values():
         place = str(DOWNLOAD_DIR / card.id) if (DOWNLOAD_DIR / card.id).is_dir() else card.path or card.loader
-        table.add_row(card.id, place, card.format, card.license, ", ".join(card.use), card.size)
+        table.add_row(card.id, place, card.format, card.license, ", ".join(card.use), card.size.split(",")[0])
     console.print(table)
+
+
+def make_renderer(options: argparse.Namespace, rows: list[dict[str, Any]]) -> Renderer:
+    if options.tokenizer is None:
+        return Renderer(look_tokenizer(rows))
+    return Renderer(load_tokenizer(ModelArguments(model_name_or_path=options.tokenizer)))
 
 
 def show(options: argparse.Namespace, data_args: DataArguments) -> None:
     rows, _ = source_rows(options.target, options.split, data_args, options.num_rows)
     if not rows:
         raise UserError(f"{options.target}: no row in the {options.split} split")
-    renderer = Renderer(
-        AutoTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else look_tokenizer(rows)
-    )
+    renderer = make_renderer(options, rows)
     for number, row in enumerate(rows, start=1):
-        [(ids, mask)] = renderer.render([row]) if "chosen" not in row else [([], [])]
+        [(ids, mask)] = renderer.render([as_conversation(row)])
         console.rule(f"{options.target} {options.split} row {number}: {len(ids)} tokens, {sum(mask)} trained on")
         console.print(coloured(row, renderer))
 
@@ -90,9 +102,7 @@ def show(options: argparse.Namespace, data_args: DataArguments) -> None:
 def stats(options: argparse.Namespace, data_args: DataArguments) -> None:
     sources = {source: source_rows(source, options.split, data_args, options.num_rows) for source in data_args.mix}
     rows = [row for source_rows_, _ in sources.values() for row in source_rows_]
-    renderer = Renderer(
-        AutoTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else look_tokenizer(rows)
-    )
+    renderer = make_renderer(options, rows)
     for source, (its_rows, conversion) in sources.items():
         console.print("\n".join(summary(collect(source, its_rows, conversion, renderer))))
     if len(data_args.mix) > 1:

@@ -28,6 +28,7 @@ from adamba.training.session import logger, setup_logging
 class EvalArguments:
     max_length: int = field(default=256, metadata={"help": "Tokens in a packed row."})
     num_rows: int = field(default=48, metadata={"help": "Held-out rows of each source."})
+    assistant_only_loss: bool = field(default=False, metadata={"help": "Losses on the assistant's tokens only."})
     batch_size: int = field(default=16, metadata={"help": "Rows in a forward pass."})
     exit_thresholds: list[float] = field(
         default_factory=lambda: [0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99],
@@ -54,11 +55,17 @@ def main() -> None:
     torch.manual_seed(args.seed)
     started = time.monotonic()
     model, tokenizer = load_model_and_tokenizer(model_args)
-    model.eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     rows = {}
     for source in data_args.mix:
         stream = load_mixture({source: 1.0}, **data_args.mixture_options("test"))
-        packed = pack_rows(stream, tokenizer, args.max_length, documents_per_batch=256)
+        packed = pack_rows(
+            stream,
+            tokenizer,
+            args.max_length,
+            assistant_only_loss=args.assistant_only_loss,
+            documents_per_batch=256,
+        )
         rows[source] = list(itertools.islice(packed, args.num_rows))
         if not rows[source]:
             raise UserError(f"mix: {source!r} has no held-out row")
@@ -94,6 +101,8 @@ def elastic_metrics(model, tokenizer, rows, args: EvalArguments, sweep: GameSett
         if sweep.num_episodes:
             for key, value in play_tasks(model, tokenizer, sweep, width=width).items():
                 metrics[f"{key}_width_{width}"] = value
+    if not model.config.gate_layers:
+        return metrics
     metrics |= exit_metrics(model, observe_exits(model, rows, args.batch_size), args.exit_thresholds)
     for threshold in args.sweep_thresholds if sweep.num_episodes else ():
         for key, value in play_tasks(model, tokenizer, sweep, exit_threshold=threshold).items():

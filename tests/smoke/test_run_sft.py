@@ -112,7 +112,6 @@ def test_lora_is_merged_into_a_whole_checkpoint(monkeypatch, recipe, base, tmp_p
         ({"max_steps": -1}, "max_steps: -1 must be given"),
         ({"packing_strategy": "wrapped"}, "packing_strategy: 'wrapped' is not supported"),
         ({"lora_r": 0}, "lora_r: 0 must be"),
-        ({"model_name_or_path": "checkpoints/nowhere"}, "checkpoints/nowhere"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(monkeypatch, recipe, tmp_path, capsys, changes, message):

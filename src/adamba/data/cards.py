@@ -4,8 +4,6 @@ Words the Hub's dataset cards have keep their meaning there (`pretty_name`, `lic
 stands under `adamba:` and is typed here.
 """
 
-from __future__ import annotations
-
 import difflib
 from dataclasses import dataclass, field, fields
 from pathlib import Path

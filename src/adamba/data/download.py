@@ -49,8 +49,8 @@ def download(card: Card, max_files: int | None = None, folder: Path = DOWNLOAD_D
     except (OSError, RuntimeError) as error:
         fallback = f" (or its fallback {card.fallback})" if card.fallback else ""
         raise UserError(
-            f"{card.id}: {card.path}{fallback} cannot be downloaded: {one_line(error)[:200]}; fetch the files by hand, "
-            f"put them into {folder / card.id}/ or pass them with --data-files {card.id}=FILE_OR_FOLDER"
+            f"{card.id}: {card.path}{fallback} cannot be downloaded: {one_line(error)[:200]}; fetch the files "
+            f"by hand, put them into {folder / card.id}/ or pass them with --data-files {card.id}=FILE_OR_FOLDER"
         ) from error
     if not paths:
         raise UserError(f"{card.id}: {card.path} holds no data file ({', '.join(SUFFIXES)})")

@@ -5,8 +5,6 @@ its source was drawn. So sources of different columns mix without casts, a skipp
 sharding and `state_dict` are those of `datasets.IterableDataset`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

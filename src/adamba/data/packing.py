@@ -1,9 +1,7 @@
 """Best-fit packing: several documents in one row of fixed length, with their borders in `position_ids`."""
 
-from __future__ import annotations
-
 import random
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -94,11 +92,12 @@ def tokenize_rows(
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[tuple[int, int, int]]]:
     """Fills rows of `capacity` tokens with documents of these lengths.
 
-    Returns rows of pieces `(document, start, end)`. A document that fits a row is never cut: longest first, each goes
-    into the fullest row that has room. A longer one gives whole rows, and its rest is cut to fill rooms left over.
+    Returns rows of pieces `(document, start, end)`. A document that fits a row is never cut. A longer one gives whole
+    rows, and its rest is cut to fill the rooms left over.
     """
-    rows: list[list[tuple[int, int, int]]] = []
-    rooms: list[tuple[int, int]] = []  # (tokens free, row), sorted
+    rows = _fill_rows([(length, document) for document, length in enumerate(lengths) if length <= capacity], capacity)
+    rooms = sorted((capacity - sum(end for _, _, end in row), index) for index, row in enumerate(rows))
+    rooms = [room for room in rooms if room[0] >= MIN_PIECE]
 
     def place(document: int, start: int, end: int, position: int) -> None:
         if position == len(rooms):
@@ -107,29 +106,58 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[tuple[int, int,
         else:
             room, row = rooms.pop(position)
         rows[row].append((document, start, end))
-        if room > end - start:
+        if room - (end - start) >= MIN_PIECE:
             insort(rooms, (room - (end - start), row))
 
-    order = sorted(range(len(lengths)), key=lambda document: -lengths[document])
-    for document in order:
-        if lengths[document] <= capacity:
-            place(document, 0, lengths[document], bisect_left(rooms, (lengths[document], -1)))
-    for document in order:
-        if lengths[document] <= capacity:
-            break
+    for document in sorted(range(len(lengths)), key=lambda document: -lengths[document]):
         start, end = 0, lengths[document]
+        if end <= capacity:
+            break
         while end - start > capacity:
             place(document, start, start + capacity, len(rooms))
             start += capacity
         while start < end:
             position = bisect_left(rooms, (end - start, -1))
-            if position < len(rooms) or not rooms or rooms[-1][0] < MIN_PIECE:
-                place(document, start, end, position)
-                break
-            cut = start + rooms[-1][0]
-            place(document, start, cut, len(rooms) - 1)
+            cut = end if position < len(rooms) or not rooms else start + rooms[-1][0]
+            place(document, start, cut, position if cut == end else len(rooms) - 1)
             start = cut
     return rows
+
+
+def _fill_rows(documents: Sequence[tuple[int, int]], capacity: int) -> list[list[tuple[int, int, int]]]:
+    """Whole documents `(length, document)` into rows: longest first, and last the one or two that fill a row best."""
+    by_length: dict[int, list[int]] = {}
+    for length, document in documents:
+        by_length.setdefault(length, []).append(document)
+    sizes = sorted(by_length)
+    rows: list[list[tuple[int, int, int]]] = []
+    while sizes:
+        row: list[tuple[int, int, int]] = []
+        room = capacity
+        while sizes and sizes[0] <= room:
+            for length in (sizes[-1],) if room > 2 * sizes[-1] else _best_one_or_two(sizes, by_length, room):
+                row.append((by_length[length].pop(), 0, length))
+                room -= length
+                if not by_length[length]:
+                    sizes.remove(length)
+        rows.append(row)
+    return rows
+
+
+def _best_one_or_two(sizes: list[int], by_length: dict[int, list[int]], room: int) -> tuple[int, ...]:
+    """The one or two lengths with the largest sum within `room`; `sizes` is sorted and its first fits."""
+    high = bisect_right(sizes, room) - 1
+    best: tuple[int, ...] = (sizes[high],)
+    low = 0
+    while low <= high:
+        total = sizes[low] + sizes[high]
+        if total > room:
+            high -= 1
+        else:
+            if total > sum(best) and (low < high or len(by_length[sizes[low]]) > 1):
+                best = (sizes[low], sizes[high])
+            low += 1
+    return best
 
 
 def _documents(batch: dict[str, list], renderer: Renderer, assistant_only_loss: bool) -> list[Document]:

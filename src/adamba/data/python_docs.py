@@ -1,7 +1,5 @@
 """The embedded default text: Python's own documentation, `pydoc_data.topics`."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from functools import cache
@@ -47,7 +45,7 @@ def python_docs_rows(split: str) -> tuple[dict[str, Any], ...]:
         if split != "test":
             parts = [paragraph for paragraph in parts if paragraph not in held_out]
         rows.extend({"text": text} for text in _pieces(parts))
-    return tuple(rows)
+    return tuple({row["text"]: row for row in rows}.values())  # topics repeat each other
 
 
 def _is_test(name: str) -> bool:

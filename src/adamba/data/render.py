@@ -5,8 +5,6 @@ of a batch at once, and template text is inserted as ids. Contents are encoded a
 by a user (`<|im_end|>`) stays text. For any other template with `{% generation %}` markers the slow way is taken.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from functools import lru_cache
@@ -14,6 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from adamba.data.tokenizer import (
     CALL_CLOSE,
@@ -57,7 +56,6 @@ class Renderer:
         self.end_of_text_id: int = self._ids.get(END_OF_TEXT, tokenizer.eos_token_id)
         plain = json.loads(tokenizer.backend_tokenizer.to_str()) | {"added_tokens": [], "post_processor": None}
         self._plain = Tokenizer.from_str(json.dumps(plain))
-        self._tools_text = lru_cache(maxsize=256)(self._render_tools)
 
     def render(self, rows: Sequence[dict[str, Any]]) -> list[tuple[list[int], list[bool]]]:
         """Token ids of each row and, per token, whether the assistant wrote it (all True for text rows).
@@ -98,8 +96,7 @@ class Renderer:
         first = messages[0] if messages and messages[0]["role"] == "system" else None
         system = (first["content"] or "") if first else ""
         if tools:
-            key = tools if isinstance(tools, str) else json.dumps(tools)
-            signatures = self._tools_text(key)
+            signatures = tool_lines(tools if isinstance(tools, str) else json.dumps(tools))
             system = f"{system}\n{signatures}" if system else signatures
         if system:
             parts += [(ids[ROLE_HEADERS["system"]], False), (system, False), end]
@@ -132,14 +129,6 @@ class Renderer:
         ids = self._ids
         return [(ids[CALL_OPEN], True), (name, True), (ids[CALL_MIDDLE], True), (text, True), (ids[CALL_CLOSE], True)]
 
-    def _render_tools(self, tools_json: str) -> str:
-        """The tools' lines as the template itself writes them."""
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": ""}], tools=json.loads(tools_json), tokenize=False
-        )
-        user_turn = ROLE_HEADERS["user"] + END_OF_TURN
-        return text.removeprefix(ROLE_HEADERS["system"]).removesuffix(END_OF_TURN + user_turn)
-
     def _render_slowly(self, row: dict[str, Any]) -> tuple[list[int], list[bool]]:
         if row.get("messages") is None:
             ids = self.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
@@ -151,11 +140,21 @@ class Renderer:
         return output["input_ids"], [bool(trained) for trained in output["assistant_masks"]]
 
 
+@lru_cache(maxsize=256)
+def tool_lines(tools_json: str) -> str:
+    """The tools as the chat template writes them, one line each; `tools_json` is the list of their schemas."""
+    empty_turn = [{"role": "user", "content": ""}]
+    [text], _ = render_jinja_template([empty_turn], tools=json.loads(tools_json), chat_template=CHAT_TEMPLATE)
+    end = END_OF_TURN + ROLE_HEADERS["user"] + END_OF_TURN
+    return text.removeprefix(ROLE_HEADERS["system"]).removesuffix(end)
+
+
 def row_texts(row: dict[str, Any]) -> list[str]:
-    """The texts of a row that a tokenizer is trained on: contents, thoughts, call names and arguments, tool lines."""
+    """The texts of a row that a tokenizer is trained on: tool lines, contents, thoughts, call names and arguments."""
     if row.get("messages") is None:
         return [row["text"]]
-    texts: list[str] = []
+    tools = row.get("tools")
+    texts = [tool_lines(tools if isinstance(tools, str) else json.dumps(tools))] if tools else []
     for message in row["messages"]:
         texts += [message.get("reasoning_content") or "", message.get("content") or ""]
         for tool_call in message.get("tool_calls") or []:

@@ -113,7 +113,7 @@ def summary(stats: SourceStats) -> list[str]:
     total = sum(stats.lengths)
     if not stats.lengths:
         return [f"{stats.source}: no row"]
-    cuts = quantiles(stats.lengths, n=100) if len(stats.lengths) > 1 else [stats.lengths[0]] * 99
+    cuts = quantiles(stats.lengths, n=100, method="inclusive") if len(stats.lengths) > 1 else [stats.lengths[0]] * 99
     kept = len(stats.lengths)
     num_dropped = stats.dropped.total()
     lines = [

@@ -6,8 +6,6 @@ newline, `<tool_call>` and the JSON that opens a call) is *one* token here: a tu
 always a prefix of the ids of the whole conversation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from importlib.resources import files
 

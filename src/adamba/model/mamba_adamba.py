@@ -92,9 +92,7 @@ class Mamba2Mixer(nn.Module):
             y, gate = y[active], gate[active]
         return self.out_proj(self.norm(y, gate))
 
-    def _convolve(
-        self, conv_in: torch.Tensor, cache: Cache | None, documents: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _convolve(self, conv_in: torch.Tensor, cache: Cache | None, documents: torch.Tensor | None) -> torch.Tensor:
         length = conv_in.shape[1]
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         if documents is not None:
@@ -206,4 +204,3 @@ def init_decay(a_log: torch.Tensor) -> torch.Tensor:
     """Fill `A_log` with log(1), log(2), … modulo 16: real, distinct decays (Mamba-2's range, A in [1, 16])."""
     heads = torch.arange(a_log.shape[0], dtype=torch.float32)
     return a_log.copy_(torch.log(heads % 16 + 1))
-

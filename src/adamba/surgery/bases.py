@@ -58,7 +58,9 @@ class Base:
 BASES = {
     "llama": Base("Llama", fixed={}, copied={"mlp_bias": "mlp_bias"}, names={}),
     "qwen3": Base("Qwen3", fixed={"qk_norm": "before_rope"}, copied={"sliding_window": "sliding_window"}, names={}),
-    "smollm3": Base("SmolLM3", fixed={}, copied={"sliding_window": "sliding_window", "mlp_bias": "mlp_bias"}, names={}),
+    "smollm3": Base(
+        "SmolLM3", fixed={}, copied={"sliding_window": "sliding_window", "mlp_bias": "mlp_bias"}, names={}
+    ),
     "nanochat": Base(
         "NanoChat",
         fixed={

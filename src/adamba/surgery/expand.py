@@ -1,5 +1,7 @@
 """Wider, and the same function at every width: the old block stays in the top-left corner of every matrix."""
 
+import copy
+
 import torch
 
 from adamba.model import AdambaConfig, AdambaForCausalLM
@@ -122,5 +124,5 @@ def expand_width(
             new = target[name]
         target[name] = new
     wide.load_state_dict(target)
-    wide.generation_config = model.generation_config
+    wide.generation_config = copy.deepcopy(model.generation_config)
     return wide.to(model.device).train(model.training)

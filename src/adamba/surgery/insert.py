@@ -1,11 +1,16 @@
 """Phase 0: a dense base becomes a hybrid. Mamba-2 layers that write zero stand between its layers."""
 
+import copy
+
 import torch
 from transformers import PreTrainedModel
 
 from adamba.model import AdambaConfig, AdambaForCausalLM
 
 from .bases import BASES, describe_bases
+
+# Fields of the base's config that a hybrid may set otherwise: no weight depends on them.
+FREE_FIELDS = ("attention_dropout", "initializer_range", "max_position_embeddings")
 
 
 @torch.no_grad()
@@ -18,7 +23,8 @@ def insert_mamba(dense: PreTrainedModel, every: int = 1, seed: int = 0, **overri
         overrides: fields of `AdambaConfig`, for instance `mamba_state_size=128` or `width_levels={...}`.
 
     Raises:
-        ValueError: an architecture that is not supported, or a parameter of the base that found no place.
+        ValueError: an architecture that is not supported, an override of what the base's weights fix, or a parameter
+            of the base that found no place.
     """
     base = BASES.get(dense.config.model_type)
     if base is None:
@@ -36,6 +42,9 @@ def insert_mamba(dense: PreTrainedModel, every: int = 1, seed: int = 0, **overri
         rope_layers[place[index]] = use_rope
     fields = base.config_fields(dense.config)
     fields |= {"layer_types": layer_types, "num_hidden_layers": len(layer_types), "rope_layers": rope_layers}
+    for key, value in overrides.items():
+        if key in fields and key not in FREE_FIELDS and value != fields[key]:
+            raise ValueError(f"{key}: {value!r} does not fit the base, whose weights need {fields[key]!r}")
     config = AdambaConfig(**{**fields, **overrides})
 
     with torch.random.fork_rng(devices=[]):
@@ -52,7 +61,7 @@ def insert_mamba(dense: PreTrainedModel, every: int = 1, seed: int = 0, **overri
         if hasattr(layer, "mixer"):
             layer.mixer.out_proj.weight.zero_()
     if dense.can_generate():
-        hybrid.generation_config = dense.generation_config
+        hybrid.generation_config = copy.deepcopy(dense.generation_config)
     return hybrid.to(dense.device).train(dense.training)
 
 

@@ -1,5 +1,7 @@
 """Any width of an elastic model as a checkpoint of its own: fewer weights, the same logits."""
 
+import copy
+
 import torch
 
 from adamba.model import AdambaConfig, AdambaForCausalLM
@@ -40,5 +42,5 @@ def slice_width(model: AdambaForCausalLM, width) -> AdambaForCausalLM:
         {name: slice_tensor(name, old, model.config, config) for name, old in model.state_dict().items()}
     )
     small.config._attn_implementation = model.config._attn_implementation
-    small.generation_config = model.generation_config
+    small.generation_config = copy.deepcopy(model.generation_config)
     return small.to(model.device).train(model.training)

@@ -39,7 +39,8 @@ class ElasticArguments:
     gate_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the exit gates' loss."})
     router_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the width router's loss."})
     router_tolerance: float = field(
-        default=0.05, metadata={"help": "A width is enough if its loss is above the full one's by at most this (nats)."}
+        default=0.05,
+        metadata={"help": "A width is enough if its loss is above the full one's by at most this (nats)."},
     )
 
     def __post_init__(self) -> None:
@@ -255,6 +256,8 @@ class ElasticLossMixin:
         inputs = dict(inputs)
         sources = self._source_names(inputs.pop("source_id", None))
         plain: PreTrainedModel = self.accelerator.unwrap_model(model)
+        if hasattr(plain, "get_base_model"):  # LoRA
+            plain = plain.get_base_model()
         labels = inputs["labels"]
         counted = labels[:, 1:] != IGNORED
         num_items = num_items_in_batch if num_items_in_batch is not None else counted.sum().clamp(min=1)

@@ -19,7 +19,9 @@ Batch = dict[str, torch.Tensor]
 
 
 @torch.no_grad()
-def losses_by_source(model: PreTrainedModel, rows: dict[str, list[dict]], batch_size: int, **options) -> dict[str, float]:
+def losses_by_source(
+    model: PreTrainedModel, rows: dict[str, list[dict]], batch_size: int, **options
+) -> dict[str, float]:
     """Mean next-token loss (nats) of packed rows, for each source and over all, at the given width."""
     sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
     for source, batch in _batches(rows, batch_size, model.device):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from adamba.errors import UserError
 from adamba.model import AdambaConfig
 from adamba.surgery.axes import layer_of, role_of, shared_index
 from adamba.surgery.expand import config_before_expansion
@@ -92,3 +93,26 @@ def slow_old_weights(optimizer: torch.optim.Optimizer, model: nn.Module, scale: 
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(take_back)
+
+
+class OptimizerMixin:
+    """Put before a `Trainer` class: the recipe's `use_muon` and, where there is one, its `old_weight_lr_scale`."""
+
+    def create_optimizer(self, *args, **kwargs):
+        if self.optimizer is None and self.args.use_muon:
+            self.optimizer = MuonWithAdamW(
+                self.model.named_parameters(),
+                lr=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+            )
+        optimizer = super().create_optimizer(*args, **kwargs)
+        scale = getattr(self.args, "old_weight_lr_scale", 1.0)
+        if scale < 1:
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                raise UserError(
+                    "old_weight_lr_scale: below 1 needs whole parameters on each rank (DDP), not ZeRO or FSDP"
+                )
+            slow_old_weights(self.optimizer, self.model, scale)
+        return optimizer

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from adamba.errors import UserError
 from adamba.training.elastic import ElasticArguments, ElasticLossMixin
-from adamba.training.optimizers import MuonWithAdamW, slow_old_weights
+from adamba.training.optimizers import OptimizerMixin
 
 
 @dataclass
@@ -17,7 +17,9 @@ class PretrainConfig(TrainingArguments):
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs every column."})
     max_length: int = field(default=2048, metadata={"help": "Tokens in a packed row."})
-    train_only: str = field(default="all", metadata={"help": "all, mamba, gates or mamba_and_gates; the rest is frozen."})
+    train_only: str = field(
+        default="all", metadata={"help": "all, mamba, gates or mamba_and_gates; the rest is frozen."}
+    )
     sort_by_importance: bool = field(
         default=False, metadata={"help": "Before training, put important channels, heads and units first."}
     )
@@ -47,26 +49,10 @@ class PackedCollator:
         return batch
 
 
-class PretrainTrainer(ElasticLossMixin, Trainer):
+class PretrainTrainer(ElasticLossMixin, OptimizerMixin, Trainer):
     """`Trainer` on packed rows. `sources` are the names behind `source_id`."""
 
     def __init__(self, *args, sources: Sequence[str], elastic_args: ElasticArguments, **kwargs):
         self.source_names = list(sources)
         self.elastic_args = elastic_args
         super().__init__(*args, data_collator=PackedCollator(sources), **kwargs)
-
-    def create_optimizer(self, *args, **kwargs):
-        if self.optimizer is None and self.args.use_muon:
-            self.optimizer = MuonWithAdamW(
-                self.model.named_parameters(),
-                lr=self.args.learning_rate,
-                weight_decay=self.args.weight_decay,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-            )
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self.args.old_weight_lr_scale < 1:
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-                raise UserError("old_weight_lr_scale: below 1 needs whole parameters on each rank (DDP), not ZeRO or FSDP")
-            slow_old_weights(self.optimizer, self.model, self.args.old_weight_lr_scale)
-        return optimizer

@@ -1,6 +1,7 @@
 """What every training script does around `trainer.train()`: quiet libraries, resume, measure, publish."""
 
 import logging
+import math
 import resource
 import time
 from collections.abc import Mapping
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from adamba.errors import UserError
 from adamba.flops import TRAINING_FACTOR, flops_per_token
@@ -20,8 +21,8 @@ logger = logging.getLogger("adamba")
 
 def start(args: TrainingArguments, recipe: Recipe, inputs: Mapping[str, str]) -> Path:
     """
-    Seed and set up the log, and give the Trainer a working folder of its own. Returns the folder that the recipe named,
-    where `finish` publishes.
+    Seed and set up the log, and give the Trainer a working folder of its own. Returns the folder that the recipe
+    named, where `finish` publishes.
     """
     setup_logging(is_main_process=args.process_index == 0)
     set_seed(args.seed)
@@ -33,32 +34,53 @@ def start(args: TrainingArguments, recipe: Recipe, inputs: Mapping[str, str]) ->
 
 
 def setup_logging(is_main_process: bool = True) -> None:
-    """Our lines on stderr, once; from the libraries errors only (without kernels the torch paths run, as documented)."""
+    """Our lines on stderr, once; from libraries errors only (without kernels the torch paths run, as documented)."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logger.setLevel(logging.INFO if is_main_process else logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
+class StopWhenBroken(TrainerCallback):
+    """Stops a run whose loss or gradient is no longer finite, before a checkpoint of it can replace a good one."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_save  # nothing is saved unseen
+        return control
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for key in ("loss",) if args.fp16 else ("loss", "grad_norm"):  # fp16's loss scaling skips infinite gradients
+            if not math.isfinite((logs or {}).get(key, 0.0)):
+                raise UserError(
+                    f"learning_rate: {args.learning_rate:g} is too high, {key} became {logs[key]} by step "
+                    f"{state.global_step}; the last good checkpoint is kept in {args.output_dir}"
+                )
+
+
 def train(trainer: Trainer) -> dict[str, float]:
     """
-    Train, from the last complete checkpoint of this very run if there is one. Returns what was measured.
+    Train, from the last complete checkpoint of this very run if there is one. Returns what was measured; after a
+    resume, `train_seconds` is what the whole run would have taken at the speed of the steps that were run here.
 
     Raises:
-        UserError: the loss is not a number; the last good checkpoint stays.
+        UserError: the loss is not a finite number; the last good checkpoint stays.
     """
     resume = last_checkpoint(trainer.args.output_dir)
     if resume is not None:
         logger.info("resuming from %s", resume)
+    trainer.args.logging_nan_inf_filter = False  # it would show the last good loss instead of a broken one
+    trainer.add_callback(StopWhenBroken())
     started = time.monotonic()
     result = trainer.train(resume_from_checkpoint=resume)
-    if not result.training_loss == result.training_loss:
-        raise UserError(f"learning_rate: training loss became nan at {trainer.args.learning_rate}; try a lower rate")
-    return {
-        "train_loss": result.training_loss,
-        "train_seconds": time.monotonic() - started,
-        "train_steps": trainer.state.global_step,
-    }
+    seconds = time.monotonic() - started
+    steps = trainer.state.global_step
+    if steps == 0:
+        raise UserError("mix: not one row came out of the data; there is nothing to train on")
+    steps_here = steps - (int(resume.rpartition("-")[2]) if resume else 0)
+    loss = result.training_loss
+    if steps_here == 0:  # it was stopped between its last checkpoint and publishing
+        loss = next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry)
+    return {"train_loss": loss, "train_seconds": seconds * steps / max(steps_here, 1), "train_steps": steps}
 
 
 def measures(trainer: Trainer, seconds: float, tokens_seen: int, context_length: int) -> dict[str, float]:

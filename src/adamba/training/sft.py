@@ -15,6 +15,7 @@ from adamba.data.arguments import DataArguments
 from adamba.data.packing import IGNORED_LABEL, tokenize_rows
 from adamba.errors import UserError
 from adamba.training.elastic import ElasticArguments, ElasticLossMixin
+from adamba.training.optimizers import OptimizerMixin
 
 
 @dataclass
@@ -24,6 +25,7 @@ class MixSFTConfig(SFTConfig):
     num_eval_rows: int = field(
         default=32, metadata={"help": "Held-out rows of each source that the loss is taken on."}
     )
+    use_muon: bool = field(default=False, metadata={"help": "Muon for hidden matrices, AdamW for the rest."})
     trust_remote_code: bool = field(default=False, init=False)  # ModelArguments has the key
 
     def __post_init__(self) -> None:
@@ -91,7 +93,7 @@ class RowCollator:
         return batch
 
 
-class MixSFTTrainer(ElasticLossMixin, SFTTrainer):
+class MixSFTTrainer(ElasticLossMixin, OptimizerMixin, SFTTrainer):
     """SFTTrainer on rows that are tokenized already, with the loss of each source logged apart.
 
     Args:

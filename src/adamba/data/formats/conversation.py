@@ -9,7 +9,8 @@ from adamba.data.tokenizer import PLAIN_TOKENS, SPECIAL_TOKENS
 Message = dict[str, Any]
 Row = dict[str, Any]
 
-_CONTROL_TEXTS = tuple(text for text in (*SPECIAL_TOKENS, *PLAIN_TOKENS) if text.startswith("<") and "\n" not in text)
+SPECIAL_TEXTS = tuple(text for text in SPECIAL_TOKENS if "\n" not in text)
+CONTROL_TEXTS = SPECIAL_TEXTS + tuple(text for text in PLAIN_TOKENS if text.startswith("<") and "\n" not in text)
 
 
 class DroppedRow(Exception):
@@ -91,12 +92,15 @@ def function_schema(function: Any) -> dict[str, Any]:
     }
 
 
-def conversation(messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> Row:
+def conversation(
+    messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), allow_broken_calls: bool = False
+) -> Row:
     """The row `{"messages", "tools"}`, once the conversation is sound.
 
     A sound one has an optional system message, then user and assistant in turn; after an assistant's calls come their
     results, at most one a call, and the assistant again; the assistant has the last word; no turn is empty, no called
-    tool unknown, and no text holds a control token of the template.
+    tool unknown, and no text holds a control token of the template. With `allow_broken_calls`, as in an answer to be
+    rejected, a text may hold what looks like a call, and calls need not fit the tools.
 
     Raises:
         DroppedRow: it is not sound.
@@ -109,7 +113,8 @@ def conversation(messages: Sequence[Message], tools: Sequence[dict[str, Any]] = 
         calls = message.get("tool_calls") or []
         if not content.strip() and not calls and role != "tool":
             raise DroppedRow("an empty turn")
-        if any(text in content or text in message.get("reasoning_content", "") for text in _CONTROL_TEXTS):
+        control_texts = SPECIAL_TEXTS if allow_broken_calls else CONTROL_TEXTS
+        if any(text in content or text in message.get("reasoning_content", "") for text in control_texts):
             raise DroppedRow("a control token in the text")
         if role == "tool":
             if not open_calls:
@@ -119,9 +124,9 @@ def conversation(messages: Sequence[Message], tools: Sequence[dict[str, Any]] = 
             if previous not in ("user", "tool"):
                 raise DroppedRow("roles do not alternate")
             open_calls = [call["function"]["name"] for call in calls]
-            if names and not names.issuperset(open_calls):
+            if names and not names.issuperset(open_calls) and not allow_broken_calls:
                 raise DroppedRow("a call of an unknown tool")
-            if calls and not names:
+            if calls and not names and not allow_broken_calls:
                 raise DroppedRow("a call without tools")
         elif role == "user":
             if previous not in ("start", "system", "assistant") or (previous == "assistant" and open_calls):

@@ -31,7 +31,8 @@ def preference(row: Row) -> Row:
     for answer in (chosen, rejected):
         if not prompt or not answer:
             raise DroppedRow("an empty prompt or answer")
-        conversation([dict(message) for message in prompt + answer], tools)
+        whole = [dict(message) for message in prompt + answer]
+        conversation(whole, tools, allow_broken_calls=answer is rejected)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected} | ({"tools": tools} if tools else {})
 
 

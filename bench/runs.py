@@ -1,0 +1,62 @@
+"""What the benches share: run the project's own commands, read their metrics, write one JSON of results."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = ROOT / "checkpoints" / "bench"
+RESULTS = ROOT / "bench" / "results"
+
+
+def command(script: str, *arguments: object) -> None:
+    """Run one of `src/run_*.py` in this environment; its output goes to the terminal.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    words = [sys.executable, f"src/{script}", *map(str, arguments)]
+    print("$", "python", *words[1:], flush=True)
+    subprocess.run(words, cwd=ROOT, check=True)
+
+
+def metrics_of(checkpoint: str | Path) -> dict[str, Any]:
+    """The metrics.json of a published checkpoint."""
+    return json.loads((ROOT / checkpoint / "metrics.json").read_text(encoding="utf-8"))
+
+
+def evaluate(checkpoint: str | Path, *arguments: object) -> dict[str, Any]:
+    """Held-out losses of a checkpoint by `run_eval.py`, on the tiny family's evaluation rows; no episodes."""
+    command("run_eval.py", "recipes/tiny/eval.yaml", "--model_name_or_path", checkpoint, *arguments)
+    return metrics_of(checkpoint)
+
+
+def write_results(name: str, rows: list[dict[str, Any]], started: float, **facts: Any) -> None:
+    """`bench/results/<name>.json` with the hardware, the date and the versions; and the rows on the terminal."""
+    import torch
+    import transformers
+
+    content = {
+        "date": date.today().isoformat(),
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "seconds": round(time.monotonic() - started, 1),
+        "command": f"python bench/{name}.py",
+        **facts,
+        "rows": rows,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for row in rows:
+        print(
+            "  ".join(
+                f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()
+            )
+        )
+    print(f"wrote {path.relative_to(ROOT)}")
