@@ -270,7 +270,7 @@ def test_a_game_against_the_user(tokenizer: PreTrainedTokenizerFast) -> None:
     text = output.getvalue()
     assert "Game 1. You are O." in text and "Game 2. You are X." in text and "five is not free" in text
     assert text.count("The model wins.") + text.count("Draw.") >= 2 and "You win." not in text
-    assert seen[0].rsplit("user\n", 1)[1].startswith("Tic-tac-toe. You are X.\n. . . / . . . / . . .")
+    assert seen[0].rsplit("user\n", 1)[1].startswith("Tic-tac-toe. You are X.\n1 2 3 / 4 5 6 / 7 8 9")
     assert session.schemas[0]["function"]["name"] == "play" and "wait for the user" not in json.dumps(session.schemas)
 
 

@@ -157,8 +157,8 @@ def test_a_spoilt_win_is_worth_half() -> None:
 def test_illegal_moves_are_told_counted_and_capped(cell: object) -> None:
     environment = TicTacToeEnvironment()
     environment.reset(board="X........", opponent="random", strength=0.0, game_seed=0)
-    assert environment.play(cell) == "Illegal move.\nX . . / . . . / . . ."  # type: ignore[arg-type]
-    assert environment.play(1) == "Illegal move.\nX . . / . . . / . . ."
+    assert environment.play(cell) == "Illegal move.\nX 2 3 / 4 5 6 / 7 8 9"  # type: ignore[arg-type]
+    assert environment.play(1) == "Illegal move.\nX 2 3 / 4 5 6 / 7 8 9"
     assert environment.play(cell) == "Illegal move. You lose."  # type: ignore[arg-type]
     assert environment.play(5) == "The game is over. You lose."
     outcome = environment._outcome("I lose.")

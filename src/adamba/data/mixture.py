@@ -140,6 +140,10 @@ def _references(card: Card, split: Split, seed: int, data_file: str | None, on_b
     if card.loader == "task":
         if card.id not in TASKS:
             raise UserError(f"{card.file}: {card.id!r} is not in adamba.tasks.TASKS ({', '.join(TASKS)})")
+        if data_file is not None:
+            raise UserError(
+                f"data_files: {card.id!r} is a task and makes its own rows, so {data_file} would go unread"
+            )
         fixed |= {"source": card.id, "seed": seed, "shard": list(range(NUM_SHARDS))}
         return IterableDataset.from_generator(_task_references, features=REFERENCE, gen_kwargs=fixed)
     reader, shards = open_source(card, split, data_file, on_bad_file)

@@ -1,7 +1,7 @@
 """Tic-tac-toe: a conversation in which each assistant turn calls `play(cell)` until the game is over.
 
-    Tic-tac-toe. You are X.      →  play(5)  →  . . O / . X . / . . .  →  …  →  … You win.  →  I win.
-    . . . / . . . / . . .
+    Tic-tac-toe. You are X.      →  play(5)  →  1 2 O / 4 X 6 / 7 8 9  →  …  →  … You win.  →  I win.
+    1 2 3 / 4 5 6 / 7 8 9
 
 The solver takes any best move with equal probability. Games begin on the empty board or in a random legal position,
 against opponents of mixed strength, so every reachable position occurs.
@@ -110,10 +110,10 @@ class TicTacToeEnvironment:
         self._guaranteed = -1  # the best result that any of the student's turns could have secured
 
     def play(self, cell: int) -> str:
-        """Take a free cell, 1 to 9.
+        """Take a cell.
 
         Args:
-            cell: Counted row by row.
+            cell: 1 to 9, row by row.
         """
         if self._done:
             self._calls_after_end += 1
@@ -129,13 +129,17 @@ class TicTacToeEnvironment:
         self._legal_moves += 1
         self._board = place(self._board, move)
         if not is_over(self._board):
-            self._board = place(self._board, opponent_move(self._board, self._strength, self._game_seed))
+            self._board = place(self._board, self._reply())
         text = render(self._board)
         return f"{text}\n{self._result_text()}" if self._done else text
 
     @property
     def _done(self) -> bool:
         return is_over(self._board) or self._illegal_moves >= MAX_ILLEGAL_MOVES
+
+    def _reply(self) -> int:
+        """The opponent's cell."""
+        return opponent_move(self._board, self._strength, self._game_seed)
 
     def _result(self) -> int:
         """1, 0 or -1 for the student. A game left unfinished or forfeited is lost."""

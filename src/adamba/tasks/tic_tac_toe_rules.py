@@ -98,5 +98,6 @@ def random_board(rng: random.Random, num_plies: int) -> str | None:
 
 
 def render(board: str) -> str:
-    """The board in one line, rows parted by `/`: `X . O / . X . / . . O`."""
-    return " / ".join(" ".join(board[row : row + 3]) for row in (0, 3, 6))
+    """The board in one line, free cells by their number, rows parted by `/`: `X 2 O / 4 X 6 / 7 8 O`."""
+    cells = [str(index + 1) if mark == "." else mark for index, mark in enumerate(board)]
+    return " / ".join(" ".join(cells[row : row + 3]) for row in (0, 3, 6))
