@@ -92,9 +92,10 @@ def main() -> None:
 
 
 def elastic_metrics(model, tokenizer, rows, args: EvalArguments, sweep: GameSettings) -> dict[str, float]:
-    """Every width, every threshold."""
+    """Every width that the checkpoint has (a sliced one has fewer), every threshold."""
     metrics: dict[str, float] = {}
-    for width in model.config.width_levels.values():
+    widest = min(model.config.attention_widths)
+    for width in (level for level in model.config.width_levels.values() if level <= widest):
         for source, loss in losses_by_source(model, rows, args.batch_size, width=width).items():
             metrics[f"eval_loss_width_{width}" + (f"_{source}" if source else "")] = loss
         metrics[f"flops_per_token_width_{width}"] = flops_per_token(model.config, width, args.max_length)

@@ -1,5 +1,5 @@
-"""Small random models for the tests: every supported base, and hybrids of many shapes, with weights large enough that a
-mistake shows in the logits."""
+"""Small random models for the tests: every supported base, and hybrids of many shapes, with weights large enough that
+a mistake shows in the logits."""
 
 import random
 

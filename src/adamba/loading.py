@@ -19,6 +19,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -226,7 +227,7 @@ def _new_model(args: ModelArguments, vocab_size: int | None) -> PreTrainedModel:
     return model.to(getattr(torch, args.dtype))
 
 
-def check_config_keys(key: str, config_class: type, given: Iterable[str]) -> None:
+def check_config_keys(key: str, config_class: type[PreTrainedConfig], given: Iterable[str]) -> None:
     """
     Refuse fields that a config does not have; transformers would keep them as attributes that nothing reads.
 

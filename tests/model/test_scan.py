@@ -1,5 +1,7 @@
 """The plain torch scan against transformers' own, and against itself step by step."""
 
+import itertools
+
 import pytest
 import torch
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan, mamba2_selective_state_update
@@ -91,7 +93,7 @@ def test_no_state_crosses_a_document_border(chunk: int) -> None:
     given = inputs(5, 20)
     borders = [0, 1, 9, 12, 20]
     document = torch.cat(
-        [torch.full((2, end - start), n) for n, (start, end) in enumerate(zip(borders, borders[1:]))], 1
+        [torch.full((2, end - start), n) for n, (start, end) in enumerate(itertools.pairwise(borders))], 1
     )
     names = ("x", "dt", "a", "b", "c")
     packed, _ = chunk_scan(*(given[key] for key in names), given["d"], chunk, None, document)

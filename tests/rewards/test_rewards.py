@@ -88,7 +88,7 @@ any_turns = st.lists(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.sampled_from(list(TASKS)), st.integers(0, 10_000), any_turns)
 def test_nothing_scores_above_the_solver(task_id: str, seed: int, turns: Completion) -> None:
     row = TASKS[task_id].prompt(seed, "train")
@@ -97,7 +97,7 @@ def test_nothing_scores_above_the_solver(task_id: str, seed: int, turns: Complet
     assert all(0.0 <= reward <= 1.0 for reward in rewards.values())
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.sampled_from(list(TASKS)), st.integers(0, 10_000), st.integers(1, 12), st.randoms())
 def test_more_calls_or_fewer_never_pay(task_id: str, seed: int, count: int, rng: random.Random) -> None:
     row, turns = solver_turns(task_id, seed)

@@ -20,7 +20,7 @@ Refuse = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints that nothing is wrong with: `dense`, `hybrid`, `sliced`, `gpt2`; and a tokenizer that is too large."""
+    """Checkpoints that nothing is wrong with: `dense`, `hybrid`, `sliced`, `gpt2`; and a tokenizer, too large."""
     folder = tmp_path_factory.mktemp("shelf")
     save_base(folder / "dense")
     hybrid = save_hybrid(folder / "hybrid")

@@ -1,6 +1,7 @@
 """The tic-tac-toe task: real games, perfect solver, a score that nothing can farm."""
 
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 
@@ -30,7 +31,7 @@ Policy = Callable[[str], int]
 def board_of(text: str) -> str:
     """The last board shown in a text."""
     [line] = [line for line in text.split("\n") if line.count("/") == 2]
-    return line.replace(" ", "").replace("/", "")
+    return re.sub(r"\d", ".", line.replace(" ", "").replace("/", ""))
 
 
 def play_out(row: dict, policy: Policy, max_calls: int = 20) -> TicTacToeEnvironment:
@@ -115,7 +116,7 @@ def test_train_and_test_instances_are_disjoint() -> None:
     assert TASK.example(5, "train") == TASK.example(5, "train") != TASK.example(5, "test")
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**40), st.integers(0, 2**40))
 def test_the_solver_scores_one_and_a_random_player_no_more(seed: int, policy_seed: int) -> None:
     row = TASK.prompt(seed, "train")

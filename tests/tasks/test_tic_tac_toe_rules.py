@@ -105,5 +105,5 @@ def test_random_boards_reach_most_positions() -> None:
 
 
 def test_render_has_one_place_a_cell() -> None:
-    assert render("X.O.X...O") == "X . O / . X . / . . O"
+    assert render("X.O.X...O") == "X 2 O / 4 X 6 / 7 8 O"
     assert {len(render(board).split()) for board in reachable()} == {11}

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adamba.tools import CalculatorError, calculator, evaluate, format_number
@@ -64,12 +64,14 @@ def test_refuses_what_is_not_text() -> None:
     assert calculator(5) == "error: the expression must be text"  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_any_text_is_answered(text: str) -> None:
     answer = calculator(text)
     assert answer.startswith("error: ") or math.isfinite(float(answer))
 
 
+@settings(deadline=None)
 @given(st.floats(min_value=-1e6, max_value=1e6))
 def test_format_is_short_and_close(value: float) -> None:
     text = format_number(value)

@@ -1,7 +1,7 @@
 """Reading tool calls: what can be understood is, what cannot is answered with its reason."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adamba.tools import ToolCall, calculator, parse_tool_calls, run_tool_call
@@ -56,6 +56,7 @@ def test_run() -> None:
     assert answer.startswith("error: calculator: ") and "expression" in answer and not called
 
 
+@settings(deadline=None)
 @given(st.text(alphabet='<tool_call>/{}":, na\n1', max_size=80))
 def test_any_text_is_read(text: str) -> None:
     content, calls = parse_tool_calls(text)

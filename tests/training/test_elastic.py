@@ -23,7 +23,8 @@ from adamba.training.elastic import (
 )
 from models import hybrid, random_config, tokens
 
-CONFIG = random_config(1, num_hidden_layers=6, layer_types=["full_attention", "linear_attention"] * 3)
+LAYERS = ["full_attention", "linear_attention"] * 3
+CONFIG = random_config(1, num_hidden_layers=6, layer_types=LAYERS)
 ARGS = ElasticArguments(elastic=True)
 
 
@@ -81,6 +82,14 @@ def test_weights_of_widths_are_checked() -> None:
         ElasticArguments(width_weights={"ghost": -1})
     with pytest.raises(UserError, match="width_weights: 'tiny' is no level of the model; use ghost, normal, think"):
         draw(CONFIG, ElasticArguments(width_weights={"tiny": 1.0}), 0, 0, 0)
+
+
+def test_a_sliced_checkpoint_is_not_trained_elastically() -> None:
+    sliced = random_config(
+        1, attention_widths=[CONFIG.width_levels["ghost"]] * 3, num_hidden_layers=6, layer_types=LAYERS
+    )
+    with pytest.raises(UserError, match="elastic: this checkpoint was sliced"):
+        draw(sliced, ARGS, 0, 0, 0)
 
 
 def test_token_losses_are_plain_cross_entropy() -> None:

@@ -54,7 +54,8 @@ class Scripted:
 
 
 def last_board(context: str) -> str:
-    return [line for line in context.split("\n") if line.count(" / ") == 2][-1].replace(" / ", "").replace(" ", "")
+    line = [line for line in context.replace("<", "\n").split("\n") if line.count(" / ") == 2][-1]
+    return "".join("." if cell.isdigit() else cell for cell in line.replace(" / ", " ").split())
 
 
 def solve_game(context: str) -> str:

@@ -31,7 +31,8 @@ def insert_mamba(dense: PreTrainedModel, every: int = 1, seed: int = 0, **overri
         raise ValueError(f"model_type: {dense.config.model_type!r} is not a supported base; use {describe_bases()}")
     if every < 1:
         raise ValueError(f"mamba_every: {every} must be at least 1")
-    layer_types, place = [], []
+    layer_types: list[str] = []
+    place: list[int] = []
     for index, kind in enumerate(base.layer_types(dense.config)):
         place.append(len(layer_types))
         layer_types.append(kind)

@@ -1,4 +1,4 @@
-"""Order channels, heads and MLP units by importance, so that prefixes are the best sub-networks. A permutation: exact."""
+"""Order channels, heads and MLP units by importance, so that prefixes are the best sub-networks. Exact."""
 
 from collections.abc import Iterable
 
@@ -46,8 +46,10 @@ class ImportanceMeter:
 
 @torch.no_grad()
 def importance_order(model: AdambaForCausalLM, batches: Iterable[torch.Tensor]) -> dict[tuple[str, int | None], list]:
-    """(axis, layer) -> indices, most important first. `batches`: input ids (B, L). Heads move as whole key/value groups
-    with their query heads."""
+    """
+    (axis, layer) -> indices, most important first. `batches`: input ids (B, L). Heads move as whole key/value groups
+    with their query heads.
+    """
     meter = ImportanceMeter(model)
     try:
         for input_ids in batches:

@@ -1,9 +1,10 @@
 """
 Elastic training: one sampled width a micro-batch beside the full one, early exits, gates and router.
 
-For a micro-batch with tokens t, full-depth logits `z`, logits `z_w` at a sampled width, and `z_e` at a sampled exit:
+For a micro-batch with full-depth logits `z`, logits `z_w` at a sampled width, and `z_e` at a sampled exit:
 
-    loss = CE(z) + CE(z_w) + a KL(z || z_w) + b_e CE(z_e) + BCE(gate_e, argmax z_e = argmax z) + BCE(router, w is enough)
+    loss = CE(z) + CE(z_w) + a KL(z || z_w) + b_e CE(z_e)
+           + BCE(gate_e, argmax z_e = argmax z) + BCE(router, w is enough)
 
 Gates and router see detached states only. See MatFormer (Devvrit et al., 2023) for the sampled sub-networks and
 LayerSkip (Elhoushi et al., 2024) for exits through the shared head.
@@ -51,7 +52,7 @@ class ElasticArguments:
 
 @dataclass
 class Draw:
-    """What one micro-batch trains: a width below the full one (or `None`), exit layers, and from which pass they are."""
+    """What one micro-batch trains: a width below the full one (or `None`), exit layers, and which pass they are of."""
 
     level: int | None
     width: int | None
@@ -61,6 +62,8 @@ class Draw:
 
 def draw(config: AdambaConfig, args: ElasticArguments, seed: int, step: int, micro_step: int) -> Draw:
     """The same on every rank and after every restart: it depends on nothing but the arguments."""
+    if any(width != config.hidden_size for width in config.attention_widths):
+        raise UserError("elastic: this checkpoint was sliced; train the elastic one that it came from")
     choose = random.Random(f"{seed}/{step}/{micro_step}")
     names = list(config.width_levels)
     weights = [float(rank + 1) for rank in range(len(names))]

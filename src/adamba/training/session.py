@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from adamba.errors import UserError
 from adamba.flops import TRAINING_FACTOR, flops_per_token
@@ -66,21 +67,29 @@ def train(trainer: Trainer) -> dict[str, float]:
         UserError: the loss is not a finite number; the last good checkpoint stays.
     """
     resume = last_checkpoint(trainer.args.output_dir)
+    resumed_step = 0
     if resume is not None:
         logger.info("resuming from %s", resume)
+        saved = TrainerState.load_from_json(str(Path(resume) / TRAINER_STATE_NAME))
+        resumed_step = saved.global_step
+        if resumed_step >= saved.max_steps:
+            return _take_over(trainer, resume, saved)
     trainer.args.logging_nan_inf_filter = False  # it would show the last good loss instead of a broken one
     trainer.add_callback(StopWhenBroken())
     started = time.monotonic()
     result = trainer.train(resume_from_checkpoint=resume)
-    seconds = time.monotonic() - started
     steps = trainer.state.global_step
-    if steps == 0:
-        raise UserError("mix: not one row came out of the data; there is nothing to train on")
-    steps_here = steps - (int(resume.rpartition("-")[2]) if resume else 0)
-    loss = result.training_loss
-    if steps_here == 0:  # it was stopped between its last checkpoint and publishing
-        loss = next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry)
-    return {"train_loss": loss, "train_seconds": seconds * steps / max(steps_here, 1), "train_steps": steps}
+    seconds = (time.monotonic() - started) * steps / max(steps - resumed_step, 1)
+    return {"train_loss": result.training_loss, "train_seconds": seconds, "train_steps": steps}
+
+
+def _take_over(trainer: Trainer, checkpoint: str, saved: TrainerState) -> dict[str, float]:
+    """A run that was stopped after its last step but before it was published. `Trainer.train` would do a step more."""
+    trainer._load_from_checkpoint(checkpoint)
+    trainer.state = saved
+    losses = [entry["loss"] for entry in saved.log_history if "loss" in entry]
+    loss = sum(losses) / len(losses) if losses else math.nan
+    return {"train_loss": loss, "train_seconds": math.nan, "train_steps": saved.global_step}
 
 
 def measures(trainer: Trainer, seconds: float, tokens_seen: int, context_length: int) -> dict[str, float]:
