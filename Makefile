@@ -131,9 +131,13 @@ phase6_grpo phase6_dpo: $(STAMP)
 agents: $(STAMP)  ## single-task agents from scratch (calculator, tic-tac-toe, both), each measured; resumes too
 	$(OFFLINE) $(PY) src/run_demo.py recipes/agents $(ARGS)
 
+# Phases 5 and 6 are measured by the family's eval_agents.yaml where there is one, as `make demo` does.
+IS_AGENT := $(if $(CHECKPOINT),$(findstring phase5,$(CHECKPOINT))$(findstring phase6,$(CHECKPOINT)),default)
+EVALUATION := $(firstword $(if $(IS_AGENT),$(wildcard $(MEASURED)/eval_agents.yaml)) $(MEASURED)/eval.yaml)
+
 .PHONY: eval
 eval: $(STAMP)  ## measure CHECKPOINT=<folder> (default: after phase 6) at every width and exit threshold
-	$(PY) src/run_eval.py $(MEASURED)/eval.yaml $(if $(CHECKPOINT),--model_name_or_path $(CHECKPOINT)) $(ARGS)
+	$(PY) src/run_eval.py $(EVALUATION) $(if $(CHECKPOINT),--model_name_or_path $(CHECKPOINT)) $(ARGS)
 
 .PHONY: chat
 chat: $(STAMP)  ## talk to CHECKPOINT=<folder> (default: the furthest phase) in the terminal
@@ -146,7 +150,7 @@ report: $(STAMP)  ## draw reports/<family>/report.html and report.json from all 
 .PHONY: bench
 bench: $(STAMP)  ## every measurement of bench/, one after another
 	@status=0; \
-	for bench in $(sort $(wildcard bench/*.py)); do \
+	for bench in $(filter-out bench/runs.py,$(sort $(wildcard bench/*.py))); do \
 	  echo "$(OFFLINE) $(PY) $$bench $(ARGS)"; $(OFFLINE) $(PY) $$bench $(ARGS) || status=$$?; \
 	done; exit $$status
 

@@ -17,7 +17,7 @@ WIDTHS = (16, 32, 48)
 
 def main() -> None:
     started = time.monotonic()
-    mix = ("--mix", "pydoc_topics=1.0,calculator=20.0,tic_tac_toe=10.0")
+    mix = ("--mix", "pydoc_topics=1.0,calculator=50.0,tic_tac_toe=20.0")
     sorted_base = WORK / "phase1_sorted"
     surgery = ("run_surgery.py", *mix, "--operation")
     command(*surgery, "sort", "--model_name_or_path", "checkpoints/tiny/phase1", "--output_dir", sorted_base)

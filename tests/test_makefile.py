@@ -66,6 +66,8 @@ def test_launcher_that_is_given_replaces_the_recipes_accelerate_config(project):
 def test_eval_takes_a_checkpoint_and_measures_the_tiny_family_by_default():
     done = make("--dry-run", "eval", "CHECKPOINT=checkpoints/tiny/phase2", RECIPES="")
     assert "run_eval.py recipes/tiny/eval.yaml --model_name_or_path checkpoints/tiny/phase2" in done.stdout
+    done = make("--dry-run", "eval", "CHECKPOINT=checkpoints/tiny/phase5", RECIPES="")
+    assert "run_eval.py recipes/tiny/eval_agents.yaml --model_name_or_path checkpoints/tiny/phase5" in done.stdout
     assert "run_eval.py recipes/smollm2/eval.yaml" in make("--dry-run", "eval", "RECIPES=recipes/smollm2").stdout
 
 

@@ -135,6 +135,15 @@ def test_runs_that_are_no_phase_follow_by_name_and_may_have_their_own_evaluation
     assert "run_eval.py recipes/tiny/eval.yaml --model_name_or_path checkpoints/tiny/zebra" in done.stdout
 
 
+def test_agent_phases_are_measured_by_eval_agents(family):
+    agents = "# accelerate launch src/run_eval.py recipes/tiny/eval_agents.yaml\nnum: 3\n"
+    (family / "recipes/tiny/eval_agents.yaml").write_text(agents)
+    done, ran = demo(family)
+    assert done.returncode == 0 and ran[-2:] == ["phase5", "phase5_eval"], done.stdout
+    assert "run_eval.py recipes/tiny/eval_agents.yaml --model_name_or_path checkpoints/tiny/phase5" in done.stdout
+    assert "run_eval.py recipes/tiny/eval.yaml --model_name_or_path checkpoints/tiny/phase0" in done.stdout
+
+
 def test_failure_stops_shows_the_log_and_resumes_there(family):
     write_phase(family / "recipes/tiny", "phase0", "base", more="fail: true")
     done, ran = demo(family)

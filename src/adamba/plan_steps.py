@@ -62,7 +62,8 @@ class Step:
 def family_steps(family: Path) -> list[Step]:
     """Every run of a family, the plan's phases in their order and then the others by name, each with its evaluation.
 
-    The evaluation of a run is `<name>_eval.yaml`, else `eval.yaml`, else there is none.
+    The evaluation of a run is `<name>_eval.yaml`, else for phases 5 and 6 `eval_agents.yaml`, else `eval.yaml`, else
+    there is none.
 
     Raises:
         UserError: when the folder holds no phase's recipe, or a recipe names no script or no output_dir.
@@ -70,7 +71,8 @@ def family_steps(family: Path) -> list[Step]:
     if not family.is_dir():
         raise UserError(f"{family}: no such folder of recipes; the embedded one is recipes/tiny")
     recipes = {path.stem: path for path in sorted(family.glob("*.yaml"))}
-    runs = [name for name in recipes if name not in NOT_RUNS and not name.endswith(f"_{EVALUATION}")]
+    no_runs = {*NOT_RUNS, AGENT_EVALUATION}
+    runs = [name for name in recipes if name not in no_runs and not name.endswith(f"_{EVALUATION}")]
     order = {name: place for place, name in enumerate(PHASES)}
     steps = []
     for name in sorted(runs, key=lambda name: order.get(name, len(order))):
@@ -79,7 +81,7 @@ def family_steps(family: Path) -> list[Step]:
         if not isinstance(output_dir, str):
             raise UserError(f"{recipe}: key 'output_dir': required, give it a folder")
         steps.append(Step(name, recipe, script_of(recipe), Path(output_dir)))
-        evaluation = recipes.get(f"{name}_{EVALUATION}", recipes.get(EVALUATION))
+        evaluation = evaluation_recipe(recipes, name)
         if evaluation is not None:
             steps.append(Step(name, evaluation, script_of(evaluation), Path(output_dir), evaluation=True))
     if not steps:
@@ -87,10 +89,11 @@ def family_steps(family: Path) -> list[Step]:
     return steps
 
 
-def evaluation_recipe(family: Path, phase: str) -> Path:
-    """The recipe that measures a phase: agents are played, where the family says how."""
-    agents = family / f"{AGENT_EVALUATION}.yaml"
-    return agents if phase.startswith(("phase5", "phase6")) and agents.is_file() else family / f"{EVALUATION}.yaml"
+def evaluation_recipe(recipes: Mapping[str, Path], name: str) -> Path | None:
+    """The recipe that measures a run: its own, or that of its family; agents are played, where the family says how."""
+    plays = name.startswith(("phase5", "phase6"))
+    choices = [f"{name}_{EVALUATION}", *([AGENT_EVALUATION] if plays else []), EVALUATION]
+    return next((recipes[choice] for choice in choices if choice in recipes), None)
 
 
 def script_of(recipe: Path) -> Path:

@@ -90,7 +90,8 @@ def test_recipe_and_command_line(script, keys, options, message, shelf, refuse) 
 
 
 @pytest.mark.parametrize("script", ["run_pretrain.py", "run_surgery.py", "run_eval.py", "run_sft.py"])
-def test_a_missing_recipe(script: str, monkeypatch, capsys) -> None:
+def test_a_missing_recipe(script: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         runner(monkeypatch)(script, "recipes/nowhere.yaml")
     assert stopped.value.code == 2
@@ -105,6 +106,16 @@ def test_an_unknown_key_in_a_real_process(tmp_path: Path) -> None:
     (line,) = done.stderr.splitlines()
     assert line == f"error: {path}: key 'learning_rat': unknown; did you mean 'learning_rate'?"
     assert not (tmp_path / "out").exists()
+
+
+def test_an_impossible_width_in_a_real_process(shelf: Path, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "x.yaml", surgery("slice", shelf / "hybrid", width=12, output_dir="out"))
+    command = [sys.executable, str(ROOT / "src/run_surgery.py"), "x.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: x.yaml: width: 12 is not possible here; use a multiple of 8")
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "mix: {\n", "", "\x00"])
