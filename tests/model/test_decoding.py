@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from adamba.model import AdambaForCausalLM
 from models import hybrid, tokens
@@ -114,6 +115,10 @@ def test_options_live_in_the_generation_config(tmp_path: Path) -> None:
     assert torch.equal(by_config, plain.generate(prompt, width="ghost", exit_threshold=0.5, **GREEDY))
     full = loaded.generate(prompt, width="think", exit_threshold=1.0, **GREEDY)
     assert torch.equal(full, plain.generate(prompt, **GREEDY)), "what the call says wins"
+    shorter = GenerationConfig(max_new_tokens=3, do_sample=False, width="think")
+    loaded.generate(prompt, generation_config=shorter)
+    assert loaded.last_generation.widths == [loaded.config.hidden_size] * loaded.config.num_attention_layers
+    assert (loaded.last_generation.exit_layers < loaded.config.num_hidden_layers - 1).any(), "its threshold was lost"
 
 
 def test_the_trace_of_early_exits() -> None:

@@ -4,6 +4,12 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 ATTENTION_LAYERS = ("full_attention", "sliding_attention")
+COUNTS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "norm_base_width", "sliding_window", "exit_gate_size", "router_size"),
+    *("mamba_head_dim", "mamba_state_size", "mamba_num_groups", "mamba_expand", "mamba_conv_kernel"),
+    "mamba_chunk_size",
+)
 
 
 @strict
@@ -85,6 +91,9 @@ class AdambaConfig(PreTrainedConfig):
     mamba_chunk_size: int = 64
 
     def __post_init__(self, **kwargs):
+        for key in COUNTS:
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f"AdambaConfig.{key}: {getattr(self, key)!r} must be at least 1")
         if self.layer_types is None:
             pair = ("full_attention", "linear_attention")
             self.layer_types = [pair[index % 2] for index in range(self.num_hidden_layers)]
@@ -194,6 +203,8 @@ class AdambaConfig(PreTrainedConfig):
         )
         for layer_type in self.layer_types:
             require(layer_type in allowed, "layer_types", layer_type, f"is unknown; use one of {', '.join(allowed)}")
+        for key, count in (("rope_layers", self.num_hidden_layers), ("attention_widths", self.num_attention_layers)):
+            require(len(getattr(self, key)) == count, key, getattr(self, key), f"must have {count} entries")
         require(
             "sliding_attention" not in self.layer_types or self.sliding_window is not None,
             "sliding_window",
@@ -235,7 +246,7 @@ class AdambaConfig(PreTrainedConfig):
         )
         for level in levels:
             require(
-                level % self.width_step == 0,
+                level > 0 and level % self.width_step == 0,
                 "width_levels",
                 level,
                 f"must be a multiple of {self.width_step} (one key/value head group)",

@@ -10,6 +10,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 
 EXIT_MODES = ("propagate", "verify")
+OPTIONS = ("width", "exit_threshold", "exit_mode", "exit_layer")
 MAX_DRAFT_TOKENS = 8
 
 
@@ -57,11 +58,12 @@ class AdaptiveGenerationMixin:
         Raises:
             ValueError: an option that does not exist, or a width that this checkpoint cannot run.
         """
-        defaults = generation_config if generation_config is not None else self.generation_config
-        width = getattr(defaults, "width", None) if width is None else width
-        exit_threshold = getattr(defaults, "exit_threshold", None) if exit_threshold is None else exit_threshold
-        exit_mode = exit_mode or getattr(defaults, "exit_mode", None) or "propagate"
-        exit_layer = getattr(defaults, "exit_layer", None) if exit_layer is None else exit_layer
+        given = dict(zip(OPTIONS, (width, exit_threshold, exit_mode, exit_layer), strict=True))
+        for config in (generation_config, self.generation_config):
+            for key in OPTIONS:
+                given[key] = getattr(config, key, None) if given[key] is None else given[key]
+        width, exit_threshold, exit_mode, exit_layer = (given[key] for key in OPTIONS)
+        exit_mode = exit_mode or "propagate"
         if exit_mode not in EXIT_MODES:
             raise ValueError(f"exit_mode: {exit_mode!r} is unknown; use {' or '.join(EXIT_MODES)}")
         if exit_threshold is not None and not 0 <= exit_threshold <= 1:
@@ -130,6 +132,12 @@ class AdaptiveGenerationMixin:
         pad = self.generation_config.pad_token_id
         pad = self.config.pad_token_id if pad is None else pad
         return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad or 0)
+
+    def _prepare_generation_config(self, generation_config, **kwargs):
+        # Once a generation config has these fields, transformers would keep them there and not call forward with them.
+        ours = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        return generation_config, {**model_kwargs, **ours}
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         if self.last_generation is not None and getattr(outputs, "exit_layers", None) is not None:

@@ -228,6 +228,8 @@ class AdambaForCausalLM(AdaptiveGenerationMixin, AdambaPreTrainedModel, Generati
         self.model = AdambaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Marked as derived, a saved generation config loses `width` and the like when it is loaded.
+        self.generation_config._from_model_config = False
         self.post_init()
 
     def head(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
