@@ -145,7 +145,8 @@ def test_a_hybrid_says_how_wide_and_deep_it_was(
     if options.exit_threshold < 1:
         assert len(answer.layers) == answer.num_tokens and set(answer.layers) <= {1, 2, 3, 4}
     assert (answer.num_drafted > 0) == (options.exit_mode == "verify")
-    assert view.raw == tokenizer.decode(session.ids[-answer.num_tokens - 1 : -1], skip_special_tokens=True)
+    if not view.events:  # a random model may happen to write a call; then its tokens are not in one piece
+        assert view.raw == tokenizer.decode(session.ids[-answer.num_tokens - 1 : -1], skip_special_tokens=True)
 
 
 def test_a_dense_base_can_be_talked_to(tokenizer: PreTrainedTokenizerFast) -> None:
