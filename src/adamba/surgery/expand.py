@@ -9,6 +9,9 @@ from adamba.model.mamba_adamba import init_decay, init_time_steps
 
 from .axes import axis_sections, layer_of, layer_width, role_of, shared_index
 
+# What grows and shrinks with the hidden size, always by the same ratio.
+COUNTS = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "mamba_num_groups")
+
 
 def expanded_config(
     config: AdambaConfig, hidden_size: int, width_levels: dict[str, int] | None = None
@@ -24,12 +27,11 @@ def expanded_config(
         raise ValueError(f"hidden_size: {hidden_size} must be above the present {config.hidden_size}")
     if any(width != config.hidden_size for width in config.attention_widths):
         raise ValueError("expand: this checkpoint was sliced; expand the elastic one that it came from")
-    counts = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "mamba_num_groups")
     grown = {}
-    for key in counts:
+    for key in COUNTS:
         grown[key], rest = divmod(getattr(config, key) * hidden_size, config.hidden_size)
         if rest:
-            step = config.hidden_size // _common_divisor(config, counts)
+            step = config.hidden_size // _common_divisor(config)
             raise ValueError(
                 f"hidden_size: {hidden_size} would need {getattr(config, key) * hidden_size / config.hidden_size:.2f} "
                 f"{key}; use a multiple of {step}"
@@ -48,16 +50,15 @@ def config_before_expansion(config: AdambaConfig) -> AdambaConfig | None:
     """The sizes that `expanded_config` started from; `None` if the model was never expanded."""
     if config.expanded_from is None:
         return None
-    counts = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "mamba_num_groups")
-    values = {key: getattr(config, key) * config.expanded_from // config.hidden_size for key in counts}
+    values = {key: getattr(config, key) * config.expanded_from // config.hidden_size for key in COUNTS}
     values |= {"hidden_size": config.expanded_from, "expanded_from": None, "width_levels": None}
     values["attention_widths"] = [config.expanded_from] * config.num_attention_layers
     return AdambaConfig.from_dict({**config.to_dict(), **values})
 
 
-def _common_divisor(config: AdambaConfig, counts: tuple[str, ...]) -> int:
+def _common_divisor(config: AdambaConfig) -> int:
     divisor = config.hidden_size
-    while any(getattr(config, key) % divisor for key in counts) or config.hidden_size % divisor:
+    while any(getattr(config, key) % divisor for key in COUNTS) or config.hidden_size % divisor:
         divisor -= 1
     return divisor
 
