@@ -105,3 +105,21 @@ def hybrid(seed: int, dtype: torch.dtype = torch.float32, **overrides) -> Adamba
 def tokens(seed: int, batch: int = 2, length: int = 19) -> torch.Tensor:
     """Token ids (batch, length) without the special ones."""
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def smallest_config(vocab_size: int, **overrides) -> AdambaConfig:
+    """One attention and one Mamba-2 layer of 32 channels: for tests of what surrounds the model."""
+    settings = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "linear_attention"],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "mamba_head_dim": 8,
+        "mamba_state_size": 8,
+        "mamba_num_groups": 2,
+        "width_levels": {"ghost": 16, "think": 32},
+    }
+    return AdambaConfig(vocab_size=vocab_size, **{**settings, **overrides})

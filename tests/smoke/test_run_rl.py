@@ -12,9 +12,10 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from adamba.data import train_tokenizer
-from adamba.model import AdambaConfig, AdambaForCausalLM
+from adamba.model import AdambaForCausalLM
 from adamba.tasks import TASKS
 from adamba.training.agent_rows import preference_rows
+from models import smallest_config
 
 ROOT = Path(__file__).parents[2]
 COMMON = {
@@ -46,21 +47,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [json.dumps(task.example(seed, "train")) for task in TASKS.values() for seed in range(50)]
     tokenizer = train_tokenizer(texts, vocab_size=512)
     torch.manual_seed(0)
-    config = AdambaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        layer_types=["full_attention", "linear_attention"],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        mamba_head_dim=8,
-        mamba_state_size=8,
-        mamba_num_groups=2,
-        width_levels={"ghost": 16, "think": 32},
-        max_position_embeddings=512,
-    )
+    config = smallest_config(len(tokenizer), max_position_embeddings=512)
     AdambaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_sft
 from adamba.data import train_tokenizer
-from adamba.model import AdambaConfig, AdambaForCausalLM
+from adamba.model import AdambaForCausalLM
+from models import smallest_config
 
 pytestmark = pytest.mark.smoke
 
@@ -19,20 +20,7 @@ def base(tmp_path_factory):
     tokenizer = train_tokenizer(
         ['Calculate 5 + 3? calculator {"expression": "1"} play {"cell": 3} # Answer:'] * 9, 400
     )
-    config = AdambaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        layer_types=["full_attention", "linear_attention"],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        mamba_head_dim=8,
-        mamba_state_size=8,
-        mamba_num_groups=2,
-        width_levels={"ghost": 16, "think": 32},
-    )
+    config = smallest_config(len(tokenizer))
     AdambaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -3,26 +3,14 @@ import torch
 from peft import get_peft_model
 
 from adamba.errors import UserError
-from adamba.model import AdambaConfig, AdambaForCausalLM
+from adamba.model import AdambaForCausalLM
 from adamba.training.lora import LoraArguments, peft_config
+from models import smallest_config
 
 
 def hybrid():
     torch.manual_seed(0)
-    config = AdambaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        layer_types=["full_attention", "linear_attention"],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        mamba_head_dim=8,
-        mamba_state_size=8,
-        mamba_num_groups=2,
-        width_levels={"ghost": 16, "think": 32},
-    )
+    config = smallest_config(64)
     return AdambaForCausalLM(config).eval()
 
 
