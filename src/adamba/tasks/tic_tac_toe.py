@@ -3,8 +3,8 @@
     Tic-tac-toe. You are X.      →  play(5)  →  1 2 O / 4 X 6 / 7 8 9  →  …  →  … You win.  →  I win.
     1 2 3 / 4 5 6 / 7 8 9
 
-The solver takes any best move with equal probability. Games begin on the empty board or in a random legal position,
-against opponents of mixed strength, so every reachable position occurs.
+The solver makes one and the same best move in a position. Games begin on the empty board or in a random legal
+position, against opponents of mixed strength, so every reachable position occurs.
 """
 
 import random
@@ -16,7 +16,6 @@ from adamba.tasks.task import Message, Row, Split, Task, draw_instance, settings
 from adamba.tasks.tic_tac_toe_rules import (
     EMPTY,
     Mark,
-    best_moves,
     is_over,
     legal_moves,
     opponent_move,
@@ -25,6 +24,7 @@ from adamba.tasks.tic_tac_toe_rules import (
     render,
     result_under_best_play,
     safe_moves,
+    solver_move,
     to_move,
     winner,
 )
@@ -192,12 +192,11 @@ def example(seed: int, split: Split, **settings: object) -> Row:
     """One game as the solver plays it (from lost positions too: it puts the loss off)."""
     config = settings_from(TicTacToeSettings, NAME, settings)
     row = _row(seed, split, config, admit_lost=True)
-    rng = random.Random(f"{NAME}/solver/{split}/{seed}")
     environment = TicTacToeEnvironment()
     environment.reset(**row)
     messages: list[Message] = list(row["prompt"])
     while not environment._done:
-        messages += _solver_turn(environment, rng)
+        messages += _solver_turn(environment)
     messages.append({"role": "assistant", "content": RESULTS[environment._result()][1]})
     return {"messages": messages, "tools": _schemas()}
 
@@ -216,9 +215,9 @@ def preference(seed: int, split: Split, **settings: object) -> Row:
             board = environment._board
             blunders = sorted(set(legal_moves(board)) - set(safe_moves(board)))
             if blunders:
-                chosen, rejected = rng.choice(best_moves(board)), rng.choice(blunders)
+                chosen, rejected = solver_move(board), rng.choice(blunders)
                 pairs.append((list(messages), tool_call("play", cell=chosen), tool_call("play", cell=rejected)))
-            messages += _solver_turn(environment, rng)
+            messages += _solver_turn(environment)
         if pairs:
             history, best, worse = rng.choice(pairs)
             return {"prompt": history, "chosen": [best], "rejected": [worse], "tools": _schemas()}
@@ -257,9 +256,9 @@ def _draw(rng: random.Random, config: TicTacToeSettings, admit_lost: bool) -> Ga
     return Game(board, opponent, strength, game_seed)
 
 
-def _solver_turn(environment: TicTacToeEnvironment, rng: random.Random) -> list[Message]:
-    """A best move of the student, each equally likely, and the tool's answer to it."""
-    cell = rng.choice(best_moves(environment._board))
+def _solver_turn(environment: TicTacToeEnvironment) -> list[Message]:
+    """The solver's move as the student's, and the tool's answer to it."""
+    cell = solver_move(environment._board)
     return [tool_call("play", cell=cell), {"role": "tool", "name": "play", "content": environment.play(cell)}]
 
 

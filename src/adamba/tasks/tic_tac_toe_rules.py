@@ -11,6 +11,8 @@ from typing import Literal
 Mark = Literal["X", "O"]
 
 EMPTY = "." * 9
+# Centre, corners, edges: the order in which the solver prefers cells that are equally good.
+PREFERENCE = (5, 1, 3, 7, 9, 2, 4, 6, 8)
 LINES = ((0, 1, 2), (3, 4, 5), (6, 7, 8), (0, 3, 6), (1, 4, 7), (2, 5, 8), (0, 4, 8), (2, 4, 6))
 
 
@@ -69,6 +71,15 @@ def result_under_best_play(board: str) -> int:
 def best_moves(board: str) -> list[int]:
     """All moves of the highest minimax value."""
     return [cell for cell in legal_moves(board) if -minimax(place(board, cell)) == minimax(board)]
+
+
+def solver_move(board: str) -> int:
+    """The one best move that the solver makes here: the first in `PREFERENCE`.
+
+    Always the same move, because a student copies a function of the board with far fewer examples than a
+    distribution over equally good moves.
+    """
+    return min(best_moves(board), key=PREFERENCE.index)
 
 
 def safe_moves(board: str) -> list[int]:
