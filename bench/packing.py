@@ -4,13 +4,12 @@ Rendering, tokenizing and packing: this package beside TRL's own preparation, on
     python bench/packing.py            # 20,000 conversations
     python bench/packing.py --quick    # 2,000
 
-Prints tokens per second and padding waste of both, their ratio, and how long a training step of the tiny model waits
+Writes tokens per second and padding waste of both, their ratio, and how long a training step of the tiny model waits
 for its loader.
 """
 
 import argparse
 import itertools
-import json
 import os
 import sys
 import tempfile
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import datasets
 import torch
+from runs import write_results
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--max-length", type=int, default=1024)
     options = parser.parse_args()
+    started = time.monotonic()
     torch.set_num_threads(1)
     datasets.disable_caching()
     datasets.disable_progress_bars()
@@ -114,8 +115,8 @@ def main() -> None:
     our_seconds, our_tokens, our_waste = time_ours(rows, tokenizer, options.max_length)
     assert our_tokens == trl_tokens, f"{our_tokens} tokens here, {trl_tokens} in TRL: not the same work"
     waits, computes = time_loader(tokenizer, 256, num_steps)
-    results = {
-        "rows": num_rows,
+    result = {
+        "conversations": num_rows,
         "tokens": our_tokens,
         "tokens_per_second_trl": trl_tokens / trl_seconds,
         "tokens_per_second_adamba": our_tokens / our_seconds,
@@ -124,7 +125,7 @@ def main() -> None:
         "padding_fraction_adamba": our_waste,
         "loader_wait_fraction": waits / (waits + computes),
     }
-    print(json.dumps(results, indent=2))
+    write_results("packing", [result], started, quick=options.quick, max_length=options.max_length)
 
 
 if __name__ == "__main__":

@@ -155,12 +155,12 @@ def test_command_line_values(words, key, value):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lr: 0.1", "key 'lr': unknown; did you mean 'learning_rate'?"),
-        ("lora_rank: 1", "key 'lora_rank': unknown; did you mean 'lora_r'?"),
-        ("zzzzqqq: 1", "key 'zzzzqqq': unknown"),
+        ("lr: 0.1", "key 'lr': unknown (given 0.1); did you mean 'learning_rate'?"),
+        ("lora_rank: 1", "key 'lora_rank': unknown (given 1); did you mean 'lora_r'?"),
+        ("zzzzqqq: 1", "key 'zzzzqqq': unknown (given 1)"),
         (
             "lr: 1\nnmae: x",
-            "key 'lr': unknown; did you mean 'learning_rate'?; key 'nmae': unknown; did you mean 'name'?",
+            "key 'lr': unknown (given 1); did you mean 'learning_rate'?; key 'nmae': unknown (given 'x'); did you mean 'name'?",
         ),
         ("lora_r: 8.5", "key 'lora_r': got 8.5 (a number), needs whole number"),
         ("lora_r: '8'", "key 'lora_r': got '8' (text), needs whole number"),
@@ -197,9 +197,9 @@ def test_bad_recipe_gets_one_line_naming_file_key_and_value(tmp_path, text, mess
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--lora_rr", "3"], "command line: key 'lora_rr': unknown; did you mean 'lora_r'?"),
-        (["--lora-rr=3"], "command line: key 'lora_rr': unknown; did you mean 'lora_r'?"),
-        (["--learn", "3"], "command line: key 'learn': unknown"),  # no abbreviations
+        (["--lora_rr", "3"], "command line: key 'lora_rr': unknown (given '3'); did you mean 'lora_r'?"),
+        (["--lora-rr=3"], "command line: key 'lora_rr': unknown (given '3'); did you mean 'lora_r'?"),
+        (["--learn", "3"], "command line: key 'learn': unknown (given '3')"),  # no abbreviations
         (["--lora_r", "8.5"], "command line: argument --lora_r/--lora-r: invalid int value: '8.5'"),
         (["--lora_r"], "command line: argument --lora_r/--lora-r: expected one argument"),
         (["--mode", "x"], "command line: argument --mode: invalid choice: 'x'"),
@@ -251,7 +251,7 @@ def test_library_dataclasses_parse_and_check(tmp_path, config):
         parse(Mixture, config, argv=[write(tmp_path, "eval_strategy: stepps")])
     with pytest.raises(UserError, match="key 'torch_dtyp': unknown"):
         parse(Mixture, config, argv=[write(tmp_path, "torch_dtyp: x")])
-    with pytest.raises(UserError, match="key 'warmup_ratio': unknown; did you mean 'warmup_steps'"):
+    with pytest.raises(UserError, match=r"key 'warmup_ratio': unknown \(given 0.1\); did you mean 'warmup_steps'"):
         parse(Mixture, config, argv=[write(tmp_path, "warmup_ratio: 0.1")])
 
 
@@ -268,7 +268,7 @@ def test_script_ends_with_one_line_and_code_2(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
     lines = [line for line in done.stderr.splitlines() if "Warning" not in line]
-    assert lines[-1] == f"error: {path}: key 'lr': unknown; did you mean 'learning_rate'?"
+    assert lines[-1] == f"error: {path}: key 'lr': unknown (given 1); did you mean 'learning_rate'?"
     assert "Traceback" not in done.stderr
 
 

@@ -122,7 +122,7 @@ class AdambaParser(TrlParser):
             raise UserError(f"{path}: key 'env': got {environment!r}, needs a mapping of environment variables")
         unknown = [key for key in values if key not in self.hints]
         if unknown:
-            raise UserError(f"{path}: " + "; ".join(f"key '{key}': unknown{self._hint(key)}" for key in unknown))
+            raise UserError(f"{path}: " + "; ".join(self._unknown(key, values[key]) for key in unknown))
         checked = {key: self._fit(path, key, value) for key, value in values.items()}
         os.environ.update({key: str(value) for key, value in environment.items()})
         return checked
@@ -130,10 +130,11 @@ class AdambaParser(TrlParser):
     def _checked_command_line(self, argv: list[str]) -> dict[str, Any]:
         blank = argparse.Namespace(**{action.dest: _UNSET for action in self._actions if action.dest != "help"})
         namespace, remaining = self.parse_known_args(argv, blank)
-        for text in remaining:
+        for text, following in zip(remaining, [*remaining, ""][1:], strict=True):
             if text.startswith("-"):
-                key = text.lstrip("-").partition("=")[0].replace("-", "_")
-                raise UserError(f"command line: key '{key}': unknown{self._hint(key)}")
+                key, _, value = text.lstrip("-").partition("=")
+                value = value or (following if not following.startswith("--") else "")
+                raise UserError(f"command line: {self._unknown(key.replace('-', '_'), value)}")
             raise UserError(f"command line: unexpected argument '{text}'; the recipe comes first, then --key value")
         given = {key: value for key, value in vars(namespace).items() if value is not _UNSET}
         checked = {}
@@ -152,6 +153,10 @@ class AdambaParser(TrlParser):
             return fit(value, self.hints[key])
         except ValueError as error:
             raise UserError(f"{source}: key '{key}': {error}") from None
+
+    def _unknown(self, key: str, value: Any) -> str:
+        given = f" (given {value!r})" if value != "" else ""
+        return f"key '{key}': unknown{given}{self._hint(key)}"
 
     def _hint(self, key: str) -> str:
         """`; did you mean 'learning_rate'?` for the nearest known key, or nothing."""

@@ -78,7 +78,7 @@ def surgery(operation: str, model: Path, **keys) -> dict:
         ({"mix": {"calculator": -1.0}}, (), "x.yaml: mix: weight of 'calculator' is -1"),
         ({"dtype": "int8"}, (), "x.yaml: dtype: 'int8' is unknown; use float32"),
         ({"model_name_or_path": None}, (), "x.yaml: model_name_or_path: missing; name a checkpoint"),
-        ({}, ("--max_lenght", "9"), "command line: key 'max_lenght': unknown; did you mean 'max_length'?"),
+        ({}, ("--max_lenght", "9"), "command line: key 'max_lenght': unknown (given '9'); did you mean 'max_length'?"),
         ({}, ("--max_length", "long"), "command line: argument --max_length/--max-length: invalid int value: 'long'"),
         ({}, ("--max_length",), "command line: "),
         ({}, ("9",), "command line: unexpected argument '9'"),
@@ -104,7 +104,7 @@ def test_an_unknown_key_in_a_real_process(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line == f"error: {path}: key 'learning_rat': unknown; did you mean 'learning_rate'?"
+    assert line == f"error: {path}: key 'learning_rat': unknown (given 0.1); did you mean 'learning_rate'?"
     assert not (tmp_path / "out").exists()
 
 
