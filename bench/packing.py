@@ -11,6 +11,7 @@ for its loader.
 import argparse
 import itertools
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ from adamba.training.pretraining import PackedCollator
 
 MIX = {"calculator": 1.0, "tic_tac_toe": 0.5}
 BATCH_ROWS = 16
+REPEATS = 3
 
 
 def time_trl(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int) -> tuple[float, int, float]:
@@ -111,16 +113,22 @@ def main() -> None:
     texts = (text for row in itertools.islice(rows, 2000) for text in row_texts(row))
     tokenizer = train_tokenizer(texts, 1024)
 
-    trl_seconds, trl_tokens, trl_waste = time_trl(rows, tokenizer, options.max_length)
-    our_seconds, our_tokens, our_waste = time_ours(rows, tokenizer, options.max_length)
-    assert our_tokens == trl_tokens, f"{our_tokens} tokens here, {trl_tokens} in TRL: not the same work"
+    trl_speeds, our_speeds = [], []
+    for _ in range(REPEATS):  # in turns, so that both see the same neighbours on this machine
+        trl_seconds, trl_tokens, trl_waste = time_trl(rows, tokenizer, options.max_length)
+        our_seconds, our_tokens, our_waste = time_ours(rows, tokenizer, options.max_length)
+        assert our_tokens == trl_tokens, f"{our_tokens} tokens here, {trl_tokens} in TRL: not the same work"
+        trl_speeds.append(trl_tokens / trl_seconds)
+        our_speeds.append(our_tokens / our_seconds)
+    ratios = [ours / theirs for ours, theirs in zip(our_speeds, trl_speeds, strict=True)]
     waits, computes = time_loader(tokenizer, 256, num_steps)
     result = {
         "conversations": num_rows,
         "tokens": our_tokens,
-        "tokens_per_second_trl": trl_tokens / trl_seconds,
-        "tokens_per_second_adamba": our_tokens / our_seconds,
-        "speed_ratio": (our_tokens / our_seconds) / (trl_tokens / trl_seconds),
+        "tokens_per_second_trl": statistics.median(trl_speeds),
+        "tokens_per_second_adamba": statistics.median(our_speeds),
+        "speed_ratio": statistics.median(ratios),
+        "speed_ratio_range": [min(ratios), max(ratios)],
         "padding_fraction_trl": trl_waste,
         "padding_fraction_adamba": our_waste,
         "loader_wait_fraction": waits / (waits + computes),

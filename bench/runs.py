@@ -41,9 +41,11 @@ def write_results(name: str, rows: list[dict[str, Any]], started: float, **facts
     import torch
     import transformers
 
+    from adamba.publish import describe_hardware
+
     content = {
         "date": date.today().isoformat(),
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
+        "hardware": f"{describe_hardware()}, {torch.get_num_threads()} threads, {platform.system()}",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "seconds": round(time.monotonic() - started, 1),
         "command": f"python bench/{name}.py",

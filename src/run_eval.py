@@ -45,14 +45,12 @@ class EvalArguments:
     )
     play_batch_size: int = field(default=256, metadata={"help": "Episodes played at once."})
     max_new_tokens: int = field(default=96, metadata={"help": "Tokens in one turn of the model."})
-    seed: int = field(default=0, metadata={"help": "Unused by greedy play; kept with the figures."})
 
 
 @user_errors()
 def main() -> None:
     model_args, data_args, args, _ = parse(ModelArguments, DataArguments, EvalArguments)
     setup_logging()
-    torch.manual_seed(args.seed)
     started = time.monotonic()
     model, tokenizer = load_model_and_tokenizer(model_args)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

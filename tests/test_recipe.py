@@ -160,7 +160,8 @@ def test_command_line_values(words, key, value):
         ("zzzzqqq: 1", "key 'zzzzqqq': unknown (given 1)"),
         (
             "lr: 1\nnmae: x",
-            "key 'lr': unknown (given 1); did you mean 'learning_rate'?; key 'nmae': unknown (given 'x'); did you mean 'name'?",
+            "key 'lr': unknown (given 1); did you mean 'learning_rate'?; "
+            "key 'nmae': unknown (given 'x'); did you mean 'name'?",
         ),
         ("lora_r: 8.5", "key 'lora_r': got 8.5 (a number), needs whole number"),
         ("lora_r: '8'", "key 'lora_r': got '8' (text), needs whole number"),

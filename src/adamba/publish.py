@@ -211,6 +211,7 @@ def _describe_run(folder: Path, recipe: Recipe, inputs: Mapping[str, str]) -> di
         "input_paths": dict(inputs),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "hardware": describe_hardware(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
@@ -218,6 +219,18 @@ def _describe_run(folder: Path, recipe: Recipe, inputs: Mapping[str, str]) -> di
             p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": hash_file(p)} for p in files
         },
     }
+
+
+def describe_hardware() -> str:
+    """For instance `2 CPU cores (AMD EPYC 7B13)` or `8 × NVIDIA H200`."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} CPU cores ({names[0] if names else platform.processor() or platform.machine()})"
 
 
 def _recipe_text(recipe: Recipe) -> str:

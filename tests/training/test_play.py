@@ -89,7 +89,8 @@ def test_the_solver_gets_everything_right(tokenizer: PreTrainedTokenizerFast) ->
     assert score_episodes("calculator", episodes) == {
         "accuracy_calculator": 1.0,
         "valid_tool_call_rate_calculator": 1.0,
-        "episodes_calculator": 20.0,
+        "valid_tool_call_rate_calculator": 1.0,
+        "tool_calls_calculator": 20.0,
     }
     assert model.batch_sizes == [8, 8, 4, 8, 8, 4]
     assert model.options == {"width": 64, "max_new_tokens": 128, "do_sample": False}

@@ -234,11 +234,12 @@ def _take_turn(item: _Live, new_ids: list[int], tokenizer: PreTrainedTokenizerBa
 def score_episodes(task_id: str, episodes: Sequence[Episode]) -> dict[str, float]:
     """Flat metrics of episodes of one task.
 
-    - calculator: `accuracy_calculator`, `valid_tool_call_rate_calculator`, `episodes_calculator`.
-    - tic_tac_toe: `legal_move_rate_tic_tac_toe`, `score_tic_tac_toe`, and for each opponent met
+    - calculator: `accuracy_calculator`, `valid_tool_call_rate_calculator`, `tool_calls_calculator` (how many that rate
+      is of), `episodes_calculator`.
+    - tic_tac_toe: `legal_move_rate_tic_tac_toe`, `moves_tic_tac_toe`, `score_tic_tac_toe`, and for each opponent met
       `{win,draw,loss}_rate_tic_tac_toe_{opponent}` and `episodes_tic_tac_toe_{opponent}`. A game left unfinished or
       forfeited is lost.
-    - any other task: `score_{task}`, `valid_tool_call_rate_{task}`, `episodes_{task}`.
+    - any other task: `score_{task}`, `valid_tool_call_rate_{task}`, `tool_calls_{task}`, `episodes_{task}`.
 
     A rate of valid calls counts an episode that made none of the calls it needed as one invalid call.
 
@@ -248,8 +249,10 @@ def score_episodes(task_id: str, episodes: Sequence[Episode]) -> dict[str, float
     if not episodes:
         raise ValueError(f"score_episodes: no episodes of task {task_id}")
     scores = [episode.outcome["score"] for episode in episodes]
+    valid_rate, num_calls = _valid_calls(episodes)
     if task_id == "tic_tac_toe":
-        metrics = {"legal_move_rate_tic_tac_toe": _valid_call_rate(episodes), "score_tic_tac_toe": _mean(scores)}
+        metrics = {"legal_move_rate_tic_tac_toe": valid_rate, "moves_tic_tac_toe": float(num_calls)}
+        metrics["score_tic_tac_toe"] = _mean(scores)
         for opponent in sorted({episode.row["opponent"] for episode in episodes}):
             games = [episode for episode in episodes if episode.row["opponent"] == opponent]
             metrics[f"episodes_tic_tac_toe_{opponent}"] = float(len(games))
@@ -260,7 +263,8 @@ def score_episodes(task_id: str, episodes: Sequence[Episode]) -> dict[str, float
     accuracy = "accuracy_calculator" if task_id == "calculator" else f"score_{task_id}"
     return {
         accuracy: _mean(scores),
-        f"valid_tool_call_rate_{task_id}": _valid_call_rate(episodes),
+        f"valid_tool_call_rate_{task_id}": valid_rate,
+        f"tool_calls_{task_id}": float(num_calls),
         f"episodes_{task_id}": float(len(episodes)),
     }
 
@@ -269,11 +273,12 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _valid_call_rate(episodes: Sequence[Episode]) -> float:
+def _valid_calls(episodes: Sequence[Episode]) -> tuple[float, int]:
+    """Share of valid calls, and of how many."""
     valid = sum(episode.valid_calls for episode in episodes)
     invalid = sum(episode.invalid_calls for episode in episodes)
     missing = sum(
         episode.valid_calls + episode.invalid_calls == 0 and episode.outcome["best_calls"] > 0 for episode in episodes
     )
     total = valid + invalid + missing
-    return valid / total if total else 1.0
+    return (valid / total if total else 1.0), total
