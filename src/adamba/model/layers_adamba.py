@@ -33,9 +33,13 @@ class ElasticRMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         width = x.shape[-1]
         x_float = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        mean_square = x_float.pow(2).mean(-1, keepdim=True)
+        mean_square = x_float[..., : self.base_width].pow(2).mean(-1, keepdim=True)
         if width > self.base_width:
-            mean_square = mean_square * (width / self.base_width)
+            # Apart and in fp64, so that channels that are zero do not even change the rounding: fp32 logits stay
+            # the same to the last bit through insertion and expansion (MPS has no fp64).
+            dtype = torch.float64 if x.dtype == torch.float32 and x.device.type != "mps" else None
+            added = x_float[..., self.base_width :].pow(2).sum(-1, keepdim=True, dtype=dtype)
+            mean_square = mean_square + (added / self.base_width).to(x_float.dtype)
         normed = (x_float * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
         return normed if self.weight is None else self.weight[:width] * normed
 

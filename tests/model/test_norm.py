@@ -1,0 +1,41 @@
+"""The norm that makes expansions exact: to the last bit where nothing is rounded twice."""
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from adamba.model.layers_adamba import ElasticRMSNorm
+
+BASE = 64
+
+
+def rows(width: int, seed: int = 0) -> torch.Tensor:
+    return 5 * torch.randn(4096, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_at_the_first_width_it_is_the_base_models_norm_bit_for_bit(dtype: torch.dtype) -> None:
+    theirs, ours = LlamaRMSNorm(BASE, eps=1e-5), ElasticRMSNorm(BASE, BASE, eps=1e-5)
+    with torch.no_grad():
+        theirs.weight.uniform_(0.5, 2.0)
+        ours.weight.copy_(theirs.weight)
+    x = rows(BASE).to(dtype)
+    assert torch.equal(ours.to(dtype)(x), theirs.to(dtype)(x))
+
+
+@pytest.mark.parametrize(("width", "wider"), [(64, 80), (80, 128), (96, 1000), (64, 2560)])
+def test_channels_that_are_zero_do_not_change_a_bit(width: int, wider: int) -> None:
+    narrow, wide = (ElasticRMSNorm(size, BASE, eps=1e-5) for size in (width, wider))
+    x = rows(width)
+    padded = torch.nn.functional.pad(x, (0, wider - width))
+    assert torch.equal(wide(padded)[:, :width], narrow(x))
+
+
+@pytest.mark.parametrize("width", [16, 64, 80, 128])
+def test_the_formula(width: int) -> None:
+    norm = ElasticRMSNorm(128, BASE, eps=1e-5)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2.0)
+    x = rows(width).double()
+    expected = x / torch.sqrt(x.pow(2).sum(-1, keepdim=True) / min(width, BASE) + 1e-5) * norm.weight[:width].double()
+    assert torch.allclose(norm(x.float()).double(), expected, rtol=1e-6, atol=1e-6)
