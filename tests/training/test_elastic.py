@@ -52,19 +52,33 @@ def test_a_draw_depends_on_seed_step_and_micro_step_only() -> None:
     assert first[0::2] != first[1::2], "micro-batches of a step are drawn apart"
 
 
+def width_of(chosen: Draw) -> int | None:
+    """The one width below the full one, if any."""
+    assert len(chosen.widths) <= 1
+    return next(iter(chosen.widths.values()), None)
+
+
 def test_widths_are_drawn_by_weight() -> None:
-    widths = Counter(chosen.width for chosen in draws(ARGS))
+    widths = Counter(width_of(chosen) for chosen in draws(ARGS))
     ghost, normal, think = CONFIG.width_levels.values()
     assert think not in widths and None not in widths, "the full width runs anyway when it distils"
     assert widths[normal] / widths[ghost] == pytest.approx(2, rel=0.15), "each level is one step heavier"
-    without = Counter(chosen.width for chosen in draws(ElasticArguments(elastic=True, distill=False)))
+    without = Counter(width_of(chosen) for chosen in draws(ElasticArguments(elastic=True, distill=False)))
     assert without[None] / without[ghost] == pytest.approx(3, rel=0.15)
-    own = Counter(chosen.width for chosen in draws(ElasticArguments(width_weights={"ghost": 3.0, "normal": 1.0})))
+    own = Counter(width_of(chosen) for chosen in draws(ElasticArguments(width_weights={"ghost": 3.0, "normal": 1.0})))
     assert own[ghost] / own[normal] == pytest.approx(3, rel=0.15) and len(own) == 2
     only = draws(ElasticArguments(width_weights={"ghost": 1.0}, distill=False), 50)
-    assert {chosen.width for chosen in only} == {ghost}
+    assert {width_of(chosen) for chosen in only} == {ghost}
     for chosen in draws(ARGS, 50):
-        assert list(CONFIG.width_levels.values())[chosen.level] == chosen.width
+        assert all(list(CONFIG.width_levels.values())[level] == width for level, width in chosen.widths.items())
+
+
+def test_several_widths_are_drawn_without_repeats_and_all_of_them_when_asked() -> None:
+    ghost, normal, _ = CONFIG.width_levels.values()
+    for number in (2, 5):
+        for chosen in draws(ElasticArguments(num_sampled_widths=number), 50):
+            assert sorted(chosen.widths.values()) == [ghost, normal]
+            assert chosen.exit_level is None or chosen.exit_level in chosen.widths
 
 
 def test_exits_are_drawn_from_the_gates_the_deeper_the_more_often() -> None:
@@ -80,6 +94,10 @@ def test_exits_are_drawn_from_the_gates_the_deeper_the_more_often() -> None:
 def test_weights_of_widths_are_checked() -> None:
     with pytest.raises(UserError, match="width_weights: ghost=-1 must not be negative"):
         ElasticArguments(width_weights={"ghost": -1})
+    with pytest.raises(UserError, match="num_sampled_widths: 0 must be 1 or more"):
+        ElasticArguments(num_sampled_widths=0)
+    with pytest.raises(UserError, match="num_sampled_widths: 2 needs distill: true"):
+        ElasticArguments(num_sampled_widths=2, distill=False)
     with pytest.raises(UserError, match="width_weights: 'tiny' is no level of the model; use ghost, normal, think"):
         draw(CONFIG, ElasticArguments(width_weights={"tiny": 1.0}), 0, 0, 0)
 
@@ -125,7 +143,7 @@ def test_the_loss_is_the_sum_of_its_formulas(distill: bool, exits_at_width: bool
     labels, ids = inputs["labels"], inputs["input_ids"]
     args = ElasticArguments(elastic=True, distill=distill, distill_weight=0.7, exit_loss_weight=0.4)
     layer, width = model.config.gate_layers[1], model.config.width_levels["ghost"]
-    chosen = Draw(level=0, width=width, exit_layers=[layer], exits_at_width=exits_at_width)
+    chosen = Draw({0: width}, exit_layers=[layer], exit_level=0 if exits_at_width else None)
     counted = labels[:, 1:] != -100
     num_items = int(counted.sum())
     loss, _ = elastic_loss(model, model, inputs, args, chosen, num_items, Tally())
@@ -157,6 +175,19 @@ def test_the_loss_is_the_sum_of_its_formulas(distill: bool, exits_at_width: bool
         error = -(agrees * sure.log() + (1 - agrees) * (1 - sure).log())[counted].mean()
         expected = expected + 0.4 * depth * mean_loss(early) + args.gate_loss_weight * error
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_at_several_widths_is_the_sum_over_them() -> None:
+    model, inputs = hybrid(1), labelled(1)
+    widths = dict(enumerate(list(model.config.width_levels.values())[:-1]))
+    assert len(widths) > 1
+
+    def loss_at(some: dict[int, int]) -> torch.Tensor:
+        chosen = Draw(some, exit_layers=model.config.gate_layers[:1], exit_level=None)
+        return elastic_loss(model, model, inputs, ARGS, chosen, 10, Tally())[0]
+
+    alone = sum(loss_at({level: width}) - loss_at({}) for level, width in widths.items())
+    torch.testing.assert_close(loss_at(widths), loss_at({}) + alone, rtol=1e-4, atol=1e-5)
 
 
 def gradient_names(model: AdambaForCausalLM, loss: torch.Tensor) -> set[str]:
@@ -205,7 +236,7 @@ def test_what_is_logged_is_the_mean_over_tokens() -> None:
     model, inputs = hybrid(1), labelled(1)
     width, layer = model.config.width_levels["ghost"], model.config.gate_layers[0]
     tally = Tally()
-    chosen = Draw(level=0, width=width, exit_layers=[layer], exits_at_width=False)
+    chosen = Draw({0: width}, exit_layers=[layer], exit_level=None)
     elastic_loss(model, model, inputs, ARGS, chosen, 40, tally, sources=["prose", "sums", "prose"])
     means = tally.means()
     ids, labels = inputs["input_ids"], inputs["labels"]
@@ -228,10 +259,9 @@ def test_micro_batches_add_up_to_the_batch(exits_at_width: bool) -> None:
     model, inputs = hybrid(1), labelled(1, batch=8)
     num_items = int((inputs["labels"][:, 1:] != -100).sum())
     chosen = Draw(
-        level=0,
-        width=model.config.width_levels["ghost"],
+        dict(enumerate(list(model.config.width_levels.values())[:-1])),
         exit_layers=model.config.gate_layers[:2],
-        exits_at_width=exits_at_width,
+        exit_level=0 if exits_at_width else None,
     )
     gradients = []
     for size in (8, 2):
@@ -250,7 +280,7 @@ def test_micro_batches_add_up_to_the_batch(exits_at_width: bool) -> None:
 @pytest.mark.parametrize("elastic_on", [False, True])
 def test_gradient_accumulation_equals_the_large_batch(elastic_on, make_trainer, monkeypatch) -> None:
     """The same through the real Trainer: 2 x 4 against 8 x 1, three optimizer steps."""
-    fixed = Draw(level=0, width=random_config(2).width_levels["ghost"], exit_layers=[1], exits_at_width=False)
+    fixed = Draw({0: random_config(2).width_levels["ghost"]}, exit_layers=[1], exit_level=None)
     monkeypatch.setattr(elastic, "draw", lambda *_: fixed)
     weights = []
     for size, accumulation in ((8, 1), (2, 4)):

@@ -1,10 +1,10 @@
 """
-Elastic training: one sampled width a micro-batch beside the full one, early exits, gates and router.
+Elastic training: sampled widths in each micro-batch beside the full one, early exits, gates and router.
 
-For a micro-batch with full-depth logits `z`, logits `z_w` at a sampled width, and `z_e` at a sampled exit:
+For a micro-batch with full-depth logits `z`, logits `z_w` at each sampled width, and `z_e` at a sampled exit:
 
-    loss = CE(z) + CE(z_w) + a KL(z || z_w) + b_e CE(z_e)
-           + BCE(gate_e, argmax z_e = argmax z) + BCE(router, w is enough)
+    loss = CE(z) + sum over w of [CE(z_w) + a KL(z || z_w) + c BCE(router, w is enough)]
+           + b_e CE(z_e) + BCE(gate_e, argmax z_e = argmax z)
 
 Gates and router see detached states only. See MatFormer (Devvrit et al., 2023) for the sampled sub-networks and
 LayerSkip (Elhoushi et al., 2024) for exits through the shared head.
@@ -31,6 +31,9 @@ class ElasticArguments:
         default=None,
         metadata={"help": "Level name -> weight of being sampled. Default: each one step heavier than the last."},
     )
+    num_sampled_widths: int = field(
+        default=1, metadata={"help": "Widths below the full one trained in each micro-batch; each costs a pass."}
+    )
     distill: bool = field(
         default=True, metadata={"help": "Run the full width too in each micro-batch and let the sampled one match it."}
     )
@@ -48,16 +51,22 @@ class ElasticArguments:
         for name, weight in (self.width_weights or {}).items():
             if weight < 0:
                 raise UserError(f"width_weights: {name}={weight} must not be negative")
+        if self.num_sampled_widths < 1:
+            raise UserError(f"num_sampled_widths: {self.num_sampled_widths} must be 1 or more")
+        if self.num_sampled_widths > 1 and not self.distill:
+            raise UserError(
+                f"num_sampled_widths: {self.num_sampled_widths} needs distill: true; without it one width runs"
+            )
 
 
 @dataclass
 class Draw:
-    """What one micro-batch trains: a width below the full one (or `None`), exit layers, and which pass they are of."""
+    """What one micro-batch trains: `{level: width}` below the full one, exit layers, and the level that they are of
+    (`None`: the full width's)."""
 
-    level: int | None
-    width: int | None
+    widths: dict[int, int]
     exit_layers: list[int]
-    exits_at_width: bool
+    exit_level: int | None
 
 
 def draw(config: AdambaConfig, args: ElasticArguments, seed: int, step: int, micro_step: int) -> Draw:
@@ -72,21 +81,25 @@ def draw(config: AdambaConfig, args: ElasticArguments, seed: int, step: int, mic
         if unknown:
             raise UserError(f"width_weights: {sorted(unknown)[0]!r} is no level of the model; use {', '.join(names)}")
         weights = [args.width_weights.get(name, 0.0) for name in names]
+    full_level = len(names) - 1
     if args.distill:
         weights[-1] = 0.0  # the full width runs anyway
-    level = choose.choices(range(len(names)), weights)[0] if any(weights) else len(names) - 1
-    is_full = level == len(names) - 1
+    levels: list[int] = []
+    for _ in range(args.num_sampled_widths):
+        if any(weights):
+            levels += choose.choices(range(len(names)), weights)
+            weights[levels[-1]] = 0.0
+    levels = [level for level in levels if level != full_level]
     gate_layers = config.gate_layers
     depth_weights = [float(layer + 1) for layer in gate_layers]
     exits: set[int] = set()
     while gate_layers and len(exits) < min(args.num_sampled_exits, len(gate_layers)):
         exits.add(choose.choices(gate_layers, depth_weights)[0])
-    at_width = not is_full and (choose.random() < 0.5 or not args.distill)
+    at_width = bool(levels) and (choose.random() < 0.5 or not args.distill)
     return Draw(
-        level=None if is_full else level,
-        width=None if is_full else config.width_levels[names[level]],
+        widths={level: config.width_levels[names[level]] for level in levels},
         exit_layers=sorted(exits),
-        exits_at_width=at_width,
+        exit_level=levels[0] if at_width else None,
     )
 
 
@@ -149,36 +162,33 @@ def elastic_loss(
     labels = inputs.pop("labels")
     counted = labels[:, 1:] != IGNORED
     loss = torch.zeros((), device=labels.device)
-    run_full = args.distill or chosen.width is None
-    full = narrow = None
-    if run_full:
-        exits = chosen.exit_layers if not chosen.exits_at_width else []
-        full = model(**inputs, use_cache=False, exit_hidden_layers=exits or None, output_gates=True)
+    full = observed = None
+    if args.distill or not chosen.widths:
+        exits = chosen.exit_layers if chosen.exit_level is None else []
+        full = observed = model(**inputs, use_cache=False, exit_hidden_layers=exits or None, output_gates=True)
         full_losses = token_losses(full.logits, labels)
         loss = loss + full_losses.sum() / num_items
         tally.add("loss_full", full_losses, counted.sum())
         by_source(tally, full_losses, counted, sources)
-    if chosen.width is not None:
-        exits = chosen.exit_layers if chosen.exits_at_width else []
-        narrow = model(
-            **inputs, use_cache=False, width=chosen.width, exit_hidden_layers=exits or None, output_gates=True
-        )
+    for level, width in chosen.widths.items():
+        exits = chosen.exit_layers if chosen.exit_level == level else []
+        narrow = model(**inputs, use_cache=False, width=width, exit_hidden_layers=exits or None, output_gates=True)
         narrow_losses = token_losses(narrow.logits, labels)
         loss = loss + narrow_losses.sum() / num_items
-        tally.add(f"loss_width_{chosen.width}", narrow_losses, counted.sum())
+        tally.add(f"loss_width_{width}", narrow_losses, counted.sum())
+        if chosen.exit_level == level:
+            observed = narrow
         if full is None:
             by_source(tally, narrow_losses, counted, sources)
-        else:
-            loss = loss + args.distill_weight * kl_to(full.logits, narrow.logits, counted) / num_items
-            router_part = router_loss(
-                plain, inputs, labels, full_losses, narrow_losses, counted, chosen.level, args.router_tolerance
-            )
-            loss = loss + args.router_loss_weight * router_part / num_items
-    observed = narrow if chosen.exits_at_width else full
+            continue
+        loss = loss + args.distill_weight * kl_to(full.logits, narrow.logits, counted) / num_items
+        router_part = router_loss(
+            plain, inputs, labels, full_losses, narrow_losses, counted, level, args.router_tolerance
+        )
+        loss = loss + args.router_loss_weight * router_part / num_items
     if observed is not None and observed.gate_logits is not None:
-        exit_part = exit_loss(plain, observed, labels, counted, chosen.exit_layers, args, num_items, tally)
-        loss = loss + exit_part
-    return loss, (full if full is not None else narrow).logits
+        loss = loss + exit_loss(plain, observed, labels, counted, chosen.exit_layers, args, num_items, tally)
+    return loss, (narrow if full is None else full).logits
 
 
 def exit_loss(
@@ -217,7 +227,7 @@ def router_loss(
     full_losses: torch.Tensor,
     narrow_losses: torch.Tensor,
     counted: torch.Tensor,
-    level: int | None,
+    level: int,
     tolerance: float,
 ) -> torch.Tensor:
     """
