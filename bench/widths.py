@@ -11,15 +11,17 @@ import time
 
 from runs import WORK, command, evaluate, metrics_of, write_results
 
+from adamba.recipe_file import read_recipe
+
 TINY = "recipes/tiny"
 WIDTHS = (16, 32, 48)
 
 
 def main() -> None:
     started = time.monotonic()
-    mix = ("--mix", "pydoc_topics=1.0,calculator=50.0,tic_tac_toe=20.0")
+    mix = ",".join(f"{name}={weight}" for name, weight in read_recipe(f"{TINY}/phase2.yaml")["mix"].items())
     sorted_base = WORK / "phase1_sorted"
-    surgery = ("run_surgery.py", *mix, "--operation")
+    surgery = ("run_surgery.py", "--mix", mix, "--operation")
     command(*surgery, "sort", "--model_name_or_path", "checkpoints/tiny/phase1", "--output_dir", sorted_base)
     elastic = metrics_of("checkpoints/tiny/phase2")
     rows = []
