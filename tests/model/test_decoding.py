@@ -134,8 +134,9 @@ def test_the_trace_of_early_exits() -> None:
 
 def test_the_trace_of_verified_drafts() -> None:
     model, prompt = hybrid(2), tokens(2, batch=1, length=6)
-    layer = model.config.gate_layers[-1]
-    sequence = model.generate(prompt, exit_mode="verify", exit_layer=layer, do_sample=False, max_new_tokens=12)
+    layer = model.config.gate_layers[0]
+    options = {"exit_mode": "verify", "exit_layer": layer, "exit_threshold": 0.0}  # a draft goes on whatever gates say
+    sequence = model.generate(prompt, do_sample=False, max_new_tokens=12, **options)
     trace = model.last_generation
     assert trace.exit_layers.shape == (1, sequence.shape[1] - prompt.shape[1])
     assert int((trace.exit_layers == layer).sum()) == trace.num_accepted <= trace.num_drafted

@@ -22,6 +22,11 @@ class ExitGate(nn.Module):
         # Calibration (`run_eval.py --calibrate`): logit / temperature; 1 leaves the gate as trained.
         self.temperature = nn.Buffer(torch.ones(()))
 
+    @property
+    def is_trained(self) -> bool:
+        """A new gate's last layer is zero (it says 1/2 of everything); training moves it."""
+        return bool(self.down_proj.weight.any())
+
     def forward(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         features = nn.functional.silu(self.up_proj(self.norm(hidden_BLD.detach())))
         return self.down_proj(features).squeeze(-1) / self.temperature
@@ -40,6 +45,11 @@ class WidthRouter(nn.Module):
         self.norm = ElasticRMSNorm(config.hidden_size, config.norm_base_width, config.rms_norm_eps, gain=False)
         self.up_proj = nn.Linear(config.hidden_size, config.router_size)
         self.down_proj = nn.Linear(config.router_size, self.num_layers * max(1, self.num_levels - 1))
+
+    @property
+    def is_trained(self) -> bool:
+        """A new router's last layer is zero; training moves it."""
+        return bool(self.down_proj.weight.any())
 
     def forward(self, embeddings_BLD: torch.Tensor, prompt_mask_BL: torch.Tensor) -> torch.Tensor:
         """Returns (B, attention layers, levels - 1). Each token is judged, then the prompt's tokens are averaged."""
