@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from .configuration_adamba import ATTENTION_LAYERS
 
 MAX_DRAFT_TOKENS = 8
+FIRST_DRAFT_TOKENS = 2  # doubled after a draft that was all right
 MAX_DRAFT_LAYERS = 4
 CALL_COST = 400_000  # weights that a CPU core reads in the time (0.1 to 0.2 ms) that torch needs to call one layer
 MEMORY = 0.98  # of what was seen, a token later: about the last 50 count
@@ -32,6 +33,7 @@ class DraftLayer:
     accepted: float = 0.0
     emitted: float = 0.0
     spent: float = 0.0
+    length: int = FIRST_DRAFT_TOKENS
 
     @property
     def break_even(self) -> float:
@@ -47,9 +49,9 @@ class DraftLayer:
 
     @property
     def speed(self) -> float:
-        """Tokens per cost; before anything was seen, that of a draft of four tokens of which three are right."""
+        """Tokens per cost; before anything was seen, that of a draft of four tokens, all right."""
         prior_cost = PRIOR_TOKENS * (self.shallow_cost + self.head_cost) + self.deep_cost
-        return (self.emitted + PRIOR_TOKENS - 1) / (self.spent + prior_cost)
+        return (self.emitted + PRIOR_TOKENS) / (self.spent + prior_cost)
 
 
 class DraftPolicy:
@@ -89,10 +91,12 @@ class DraftPolicy:
         if chosen is not None:
             cost = num_passes * chosen.shallow_cost + num_drafted * chosen.head_cost + chosen.deep_cost
             if num_drafted:
+                right = num_accepted == num_drafted
+                chosen.length = min(MAX_DRAFT_TOKENS, 2 * chosen.length) if right else max(1, num_accepted)
                 chosen.confidence += sum(judged)
                 chosen.accepted += num_accepted
-                chosen.emitted += num_emitted
-                chosen.spent += cost
+            chosen.emitted += num_emitted
+            chosen.spent += cost
         saved = num_emitted * (1 + ALLOWED_LOSS) - cost / self.plain_cost
         self.balance = min(MAX_SAVED, self.balance + saved)
 

@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .drafting_adamba import MAX_DRAFT_TOKENS, DraftPolicy
+from .drafting_adamba import DraftPolicy
 from .single_row_adamba import SingleRow
 
 
@@ -81,7 +81,7 @@ def speculative_decode(
         standing = 1.0  # the chance that the whole draft so far is right
         while True:
             hidden.append(row.run(row.embed(prefix[:, -1:]), start + len(hidden), range(layer + 1)))
-            if chosen is None or len(hidden) == min(MAX_DRAFT_TOKENS + 1, max_length - start - 1):
+            if chosen is None or len(hidden) == min(chosen.length + 1, max_length - start - 1):
                 break
             confidence = row.confidence(hidden[-1], layer)
             standing *= chosen.chance(confidence)
