@@ -153,8 +153,16 @@ class AdambaConfig(PreTrainedConfig):
         The first layer that may go wider on its own (`expand_threshold`): the last quarter, and at least the last
         attention layer. The gate before it is the first that is asked.
         """
-        last_attention = max(i for i, kind in enumerate(self.layer_types) if kind in ATTENTION_LAYERS)
-        return min(self.num_hidden_layers - self.num_hidden_layers // 4, last_attention)
+        return min(self.num_hidden_layers - self.num_hidden_layers // 4, self._last_attention)
+
+    @property
+    def expand_gates(self) -> list[int]:
+        """The layers whose gates decide whether a token's remaining layers go wider."""
+        return list(range(max(0, self.expand_start - 1), self._last_attention))
+
+    @property
+    def _last_attention(self) -> int:
+        return max(index for index, kind in enumerate(self.layer_types) if kind in ATTENTION_LAYERS)
 
     def heads_at(self, width: int) -> tuple[int, int]:
         """Query heads and key/value heads of an attention layer that runs at `width` channels."""
@@ -192,8 +200,8 @@ class AdambaConfig(PreTrainedConfig):
         if value < self.width_step or value > limit or value % self.width_step:
             nearest = min(range(self.width_step, limit + 1, self.width_step), key=lambda width: abs(width - value))
             raise ValueError(
-                f"width: {value} is not possible here; use {nearest}, or another multiple of {self.width_step} "
-                f"(one key/value head group) from {self.width_step} to {limit}"
+                f"width: {value} is not possible here; use a multiple of {self.width_step} (one key/value head "
+                f"group) from {self.width_step} to {limit}; the nearest is {nearest}"
             )
         return value
 

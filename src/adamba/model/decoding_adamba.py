@@ -87,7 +87,7 @@ class AdaptiveGenerationMixin:
         self._check_options(given, generation_config, kwargs)
         options = {"generation_config": generation_config, **given, **kwargs}
         if isinstance(width, str) and width == "auto":
-            if self.model.router.is_trained:
+            if self.model.router.down_proj.is_trained:
                 return self._generate_routed(inputs, options)
             logger.warning_once(
                 'width: "auto" needs a trained router; this checkpoint\'s is not, so the width is full'
@@ -115,6 +115,11 @@ class AdaptiveGenerationMixin:
             raise ValueError(f"exit_layer: {given['exit_layer']} must be from 0 to {last}")
         if verify:
             self._check_verify(given, generation_config, kwargs)
+        if given["expand_threshold"] and not set(self.config.gate_layers) & set(self.config.expand_gates):
+            raise ValueError(
+                f"expand_threshold: needs an exit gate after one of the layers {self.config.expand_gates}, and this "
+                f"model's first gate is after layer {self.config.first_exit_layer}"
+            )
         exits = verify or (given["exit_threshold"] is not None and given["exit_threshold"] < 1)
         if (exits or given["expand_threshold"]) and not self._gates_are_trained():
             logger.warning_once(
@@ -145,7 +150,7 @@ class AdaptiveGenerationMixin:
                 raise ValueError(f"{key}: exit_mode verify has no such output for each step; leave one of them out")
 
     def _gates_are_trained(self) -> bool:
-        return any(gate.is_trained for gate in self.model.exit_gates.values())
+        return any(gate.down_proj.is_trained for gate in self.model.exit_gates.values())
 
     def _generate_at(
         self, inputs, widths, exit_threshold, exit_mode, exit_layer, expand_threshold, generation_config=None, **kwargs

@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .configuration_adamba import ATTENTION_LAYERS, AdambaConfig
 from .decoding_adamba import AdaptiveGenerationMixin
-from .gates_adamba import ExitGate, WidthRouter
+from .gates_adamba import ExitGate, Verdict, WidthRouter
 from .layers_adamba import AttentionLayer, ElasticRMSNorm
 from .mamba_adamba import Mamba2Mixer, MambaLayer, init_decay, init_time_steps, number_documents
 
@@ -81,9 +81,8 @@ class AdambaPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
         elif isinstance(module, ExitGate):
             init.ones_(module.temperature)
-            init.zeros_(module.down_proj.weight)  # how `is_trained` knows
-        elif isinstance(module, WidthRouter):
-            init.zeros_(module.down_proj.weight)
+        elif isinstance(module, Verdict):
+            init.zeros_(module.weight)
 
 
 class AdambaModel(AdambaPreTrainedModel):
@@ -155,7 +154,8 @@ class AdambaModel(AdambaPreTrainedModel):
             documents = number_documents(position_ids)
         cos, sin = self.rotary_emb(hidden, position_ids)
         rope = (cos, sin * self.config.rope_sign)
-        widths = iter(self.config.resolve_width(width))
+        resolved = self.config.resolve_width(width)
+        widths = iter(resolved)
         if self.embed_norm is not None:
             hidden = self.embed_norm(hidden)
 
@@ -163,7 +163,8 @@ class AdambaModel(AdambaPreTrainedModel):
         taken = torch.full((batch, length), last_layer, device=hidden.device)
         may_exit = exit_threshold is not None and exit_threshold < 1 and length == 1 and past_key_values is not None
         active: torch.Tensor | None = None
-        expandable = expand_threshold is not None and past_key_values is not None
+        narrow = expand_threshold is not None and resolved != self.config.attention_widths
+        expandable = narrow and past_key_values is not None
         wide: torch.Tensor | None = None
         limits = iter(self.config.attention_widths)
         gate_logits, kept_hidden = [], []
