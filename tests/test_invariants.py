@@ -206,7 +206,10 @@ def test_8_verify_keeps_the_sampling_distribution() -> None:
     model = hybrid(3, vocab_size=5, tie_word_embeddings=False, pad_token_id=None)
     prompt = torch.tensor([[3, 4, 2]])
     counts = {}
-    for name, options in {"plain": {}, "verify": {"exit_mode": "verify", "exit_layer": 1, "exit_threshold": 0.0}}.items():
+    for name, options in {
+        "plain": {},
+        "verify": {"exit_mode": "verify", "exit_layer": 1, "exit_threshold": 0.0},
+    }.items():
         torch.manual_seed(0)
         pairs = [
             model.generate(prompt, max_new_tokens=3, do_sample=True, top_k=0, **options)[0, 4:].tolist()

@@ -121,7 +121,7 @@ class AdaptiveGenerationMixin:
                 f"model's first gate is after layer {self.config.first_exit_layer}"
             )
         exits = verify or (given["exit_threshold"] is not None and given["exit_threshold"] < 1)
-        if (exits or given["expand_threshold"]) and not self._gates_are_trained():
+        if (exits or given["expand_threshold"]) and not self.gates_are_trained():
             logger.warning_once(
                 "exit_threshold, exit_mode and expand_threshold need trained exit gates; this checkpoint's are not, "
                 "so every token takes all layers (phase 2 trains gates)"
@@ -149,7 +149,7 @@ class AdaptiveGenerationMixin:
             if option(key):
                 raise ValueError(f"{key}: exit_mode verify has no such output for each step; leave one of them out")
 
-    def _gates_are_trained(self) -> bool:
+    def gates_are_trained(self) -> bool:
         return any(gate.down_proj.is_trained for gate in self.model.exit_gates.values())
 
     def _generate_at(
