@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from adamba.model.drafting_adamba import DraftLayer, DraftPolicy, draft_policy
 from models import hybrid, tokens
@@ -56,6 +57,32 @@ def test_verify_leaves_the_text_and_the_cache_of_plain_decoding(seed: int, width
         for output in (plain, verified)
     ]
     assert torch.equal(*again)
+
+
+class Recorder(BaseStreamer):
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.num_puts, self.ended = 0, False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.num_puts += 1
+        self.ids += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.mark.parametrize("mode", ["verify", "propagate"])
+def test_own_loops_stream_and_stop_at_the_end_token(mode: str) -> None:
+    model, prompt = hybrid(2), tokens(2, batch=1, length=6)
+    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "exit_mode": mode, "exit_threshold": 0.4}
+    whole = model.generate(prompt, **options)[0, 6:].tolist()
+    end = whole[9]
+    recorder = Recorder()
+    stopped = model.generate(prompt, eos_token_id=end, streamer=recorder, **options)
+    assert stopped[0, 6:].tolist() == whole[: whole.index(end) + 1]
+    assert recorder.ids == stopped[0].tolist() and recorder.ended
+    assert recorder.num_puts == 1 + len(stopped[0, 6:]), "the prompt at once, then each token"
 
 
 def test_verify_takes_what_the_layers_below_agree_on(monkeypatch) -> None:

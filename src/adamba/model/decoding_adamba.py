@@ -181,7 +181,8 @@ class AdaptiveGenerationMixin:
             if loop is None:
                 kwargs["exit_threshold"] = exit_threshold
         if loop is not None:
-            kwargs["custom_generate"] = partial(loop, trace=trace, streamer=kwargs.pop("streamer", None))
+            # transformers hands the prompt to a streamer, but no streamer to a loop of ours.
+            kwargs["custom_generate"] = partial(loop, trace=trace, streamer=kwargs.get("streamer"))
         if expand_threshold:
             kwargs["expand_threshold"] = expand_threshold
         if widths != self.config.attention_widths:
