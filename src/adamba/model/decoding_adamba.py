@@ -129,12 +129,7 @@ class AdaptiveGenerationMixin:
             given |= {"exit_threshold": None, "exit_mode": "propagate", "expand_threshold": None}
 
     def _check_verify(self, given: dict, generation_config, kwargs: dict) -> None:
-        configs = (generation_config, self.generation_config)
-
-        def option(key: str):
-            values = [kwargs.get(key), *(getattr(config, key, None) for config in configs)]
-            return next((value for value in values if value is not None), None)
-
+        option = partial(self._option, generation_config, kwargs)
         if (option("num_beams") or 1) > 1:
             raise ValueError(
                 f"num_beams: {option('num_beams')} does not go with exit_mode verify, which checks one row; use "
@@ -149,6 +144,11 @@ class AdaptiveGenerationMixin:
             if option(key):
                 raise ValueError(f"{key}: exit_mode verify has no such output for each step; leave one of them out")
 
+    def _option(self, generation_config, kwargs: dict, key: str):
+        """An option of transformers' own `generate`, as it will resolve it; `None` when nobody set it."""
+        given = (kwargs.get(key), *(getattr(c, key, None) for c in (generation_config, self.generation_config)))
+        return next((value for value in given if value is not None), None)
+
     def gates_are_trained(self) -> bool:
         return any(gate.down_proj.is_trained for gate in self.model.exit_gates.values())
 
@@ -158,11 +158,7 @@ class AdaptiveGenerationMixin:
         trace = GenerationTrace(widths=widths, num_layers=self.config.num_hidden_layers)
         self.last_generation = trace
         rows = inputs if inputs is not None else kwargs.get("input_ids")
-        config = self.generation_config if generation_config is None else generation_config
-
-        def option(key: str):
-            return kwargs.get(key) if kwargs.get(key) is not None else getattr(config, key, None)
-
+        option = partial(self._option, generation_config, kwargs)
         one_row = rows is not None and rows.shape[0] == 1 and (option("num_return_sequences") or 1) == 1
         loop = None
         if exit_mode == "verify" and one_row:

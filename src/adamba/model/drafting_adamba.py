@@ -5,7 +5,6 @@ Costs are counted in weights read: at batch 1 a layer takes as long as reading i
 plus a fixed time for the call. They decide what is tried, never what is answered.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from .configuration_adamba import ATTENTION_LAYERS
@@ -104,12 +103,11 @@ class DraftPolicy:
 def draft_policy(model, widths: list[int], exit_layer: int | None) -> DraftPolicy:
     """A fresh policy for a model at some widths; `exit_layer` leaves it one layer to draft from."""
     config = model.config
-    num_weights: Callable = lambda module: sum(parameter.numel() for parameter in module.parameters())  # noqa: E731
     remaining = iter(widths)
     costs = []
     for kind, layer in zip(config.layer_types, model.model.layers, strict=True):
         share = (next(remaining) / config.hidden_size) ** 2 if kind in ATTENTION_LAYERS else 1.0
-        costs.append(share * num_weights(layer) + CALL_COST)
+        costs.append(share * sum(parameter.numel() for parameter in layer.parameters()) + CALL_COST)
     head_cost = config.vocab_size * config.hidden_size + CALL_COST / 4
     candidates = config.gate_layers if exit_layer is None else [exit_layer]
     if len(candidates) > MAX_DRAFT_LAYERS:  # the shallower ones, where there is something to gain

@@ -126,15 +126,15 @@ def scan_states(
     batch, length, heads, head_dim = x_BLHP.shape
     groups, size = b_BLGN.shape[2:]
     split = (batch, length, groups, heads // groups)
-    decay = (dt_BLH * a_H).exp().view(*split, 1, 1).to(state_BHPN.dtype)
-    dx = (x_BLHP * dt_BLH[..., None]).view(*split, head_dim, 1).to(state_BHPN.dtype)
-    states = (dx * b_BLGN[:, :, :, None, None].to(state_BHPN.dtype)).transpose(0, 1).contiguous()
+    x, dt, b, c = (part.to(state_BHPN.dtype) for part in (x_BLHP, dt_BLH, b_BLGN, c_BLGN))
+    decay = (dt * a_H).exp().view(*split, 1, 1)
+    dx = (x * dt[..., None]).view(*split, head_dim, 1)
+    states = (dx * b[:, :, :, None, None]).transpose(0, 1).contiguous()
     before = state_BHPN.view(batch, groups, heads // groups, head_dim, size)
     for step in range(length):
         before = states[step].addcmul_(before, decay[:, step])
-    y = states.transpose(0, 1) @ c_BLGN[:, :, :, None, :, None].to(state_BHPN.dtype)
-    y = y.reshape(batch, length, heads, head_dim).to(x_BLHP.dtype)
-    return y + x_BLHP * d_H[:, None], states.view(length, batch, heads, head_dim, size)
+    y = (states.transpose(0, 1) @ c[:, :, :, None, :, None]).reshape(batch, length, heads, head_dim)
+    return y.to(x_BLHP.dtype) + x_BLHP * d_H[:, None], states.view(length, batch, heads, head_dim, size)
 
 
 def short_conv(window_BXW: torch.Tensor, weight_XK: torch.Tensor, bias_X: torch.Tensor) -> torch.Tensor:

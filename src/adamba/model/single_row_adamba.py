@@ -35,7 +35,8 @@ class SingleRow:
         self.width_of = dict(zip(attention, self.widths, strict=True))
         rope_type = (model.config.rope_parameters or {}).get("rope_type", "default")
         self.rope_ahead = 0 if rope_type in ("dynamic", "longrope") else ROPE_AHEAD  # these depend on the length
-        self.rope_start, self.rope_table = 0, None
+        self.rope_start = 0
+        self.rope_table: tuple[torch.Tensor, torch.Tensor] | None = None
         self.no_rows = torch.empty(0, dtype=torch.long, device=input_ids.device)
 
     def prefill(self) -> bool:

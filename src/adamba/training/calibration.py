@@ -130,15 +130,18 @@ def task_measure(
     rows = {task: task_rows(task, counts[task], games, FIRST_SEED) for task in tasks}
 
     def scores(threshold: float) -> dict[str, list[float]]:
-        options = {
-            "max_new_tokens": games.max_new_tokens,
-            "batch_size": games.batch_size,
-            "generate_kwargs": {"exit_threshold": threshold, "exit_mode": "propagate"},
-        }
-        return {
-            task: [episode.outcome["score"] for episode in play(model, tokenizer, rows[task], **options)]
-            for task in tasks
-        }
+        found: dict[str, list[float]] = {}
+        for task in tasks:
+            episodes = play(
+                model,
+                tokenizer,
+                rows[task],
+                max_new_tokens=games.max_new_tokens,
+                batch_size=games.batch_size,
+                generate_kwargs={"exit_threshold": threshold, "exit_mode": "propagate"},
+            )
+            found[task] = [episode.outcome["score"] for episode in episodes]
+        return found
 
     full = scores(1.0)
 
