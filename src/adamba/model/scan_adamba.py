@@ -127,7 +127,7 @@ def scan_states(
     groups, size = b_BLGN.shape[2:]
     split = (batch, length, groups, heads // groups)
     x, dt, b, c = (part.to(state_BHPN.dtype) for part in (x_BLHP, dt_BLH, b_BLGN, c_BLGN))
-    decay = (dt * a_H).exp().view(*split, 1, 1)
+    decay = (dt * a_H).exp().view(*split, 1, 1).to(state_BHPN.dtype)
     dx = (x * dt[..., None]).view(*split, head_dim, 1)
     states = (dx * b[:, :, :, None, None]).transpose(0, 1).contiguous()
     before = state_BHPN.view(batch, groups, heads // groups, head_dim, size)

@@ -83,7 +83,7 @@ def risk_p_value(losses: Sequence[float], risk: float) -> float:
 def upper_bound(losses: Sequence[float], confidence: float) -> float:
     """The smallest risk that the losses exclude with this confidence: an upper confidence bound of their mean."""
     low, high = sum(losses) / len(losses), 1.0
-    for _ in range(50):
+    for _ in range(30):
         middle = (low + high) / 2
         low, high = (low, middle) if risk_p_value(losses, middle) <= 1 - confidence else (middle, high)
     return high
