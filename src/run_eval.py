@@ -22,7 +22,7 @@ from adamba.model import AdambaForCausalLM
 from adamba.model.decoding_adamba import OPTIONS
 from adamba.publish import update_metrics
 from adamba.recipe import parse
-from adamba.training.calibration import calibrate_checkpoint, calibration_settings
+from adamba.training.calibration import calibrate_checkpoint, calibration_settings, require_gates
 from adamba.training.evaluation import GameSettings, exit_metrics, losses_by_source, observe_exits, play_tasks
 from adamba.training.session import logger, setup_logging
 
@@ -66,11 +66,13 @@ def main() -> None:
     torch.manual_seed(args.seed)
     started = time.monotonic()
     model, tokenizer = load_model_and_tokenizer(model_args)
+    if calibration is not None:
+        require_gates(model, model_args.model_name_or_path)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     if isinstance(model, AdambaForCausalLM):
         for option in OPTIONS:  # each is measured by itself, whatever the checkpoint's own choice is
             setattr(model.generation_config, option, None)
-    num_rows = args.num_rows + (0 if calibration is None or args.num_episodes else calibration.trials)
+    num_rows = args.num_rows + (0 if calibration is None or any(args.num_episodes.values()) else calibration.trials)
     rows = {}
     for source in data_args.mix:
         stream = load_mixture({source: 1.0}, **data_args.mixture_options("test"))

@@ -7,17 +7,19 @@ import pytest
 import torch
 
 from adamba.errors import UserError
+from adamba.model import AdambaForCausalLM
 from adamba.training.calibration import (
     CalibrationSettings,
     binomial_cdf,
     calibrate,
     calibration_metrics,
     calibration_settings,
+    require_gates,
     risk_p_value,
     text_measure,
     upper_bound,
 )
-from models import hybrid, tokens
+from models import dense_base, hybrid, tokens
 
 
 def test_the_binomial_tail_is_exact() -> None:
@@ -81,6 +83,14 @@ def test_settings_that_cannot_work(given: dict, message: str) -> None:
     with pytest.raises(UserError, match=f"^calibrate: {message}"):
         calibration_settings(given)
     assert calibration_settings({}) is None
+
+
+def test_calibration_needs_trained_gates() -> None:
+    trained = hybrid(0)
+    require_gates(trained, "some/folder")
+    for model in (AdambaForCausalLM(trained.config), dense_base("llama")):
+        with pytest.raises(UserError, match="^calibrate: some/folder has no trained exit gates; phase 2 trains them"):
+            require_gates(model, "some/folder")
 
 
 def test_text_losses_are_those_of_decoding_with_exits() -> None:

@@ -209,12 +209,19 @@ def calibration_settings(given: Mapping[str, float]) -> CalibrationSettings | No
     return CalibrationSettings(**given) if given else None  # type: ignore[arg-type]
 
 
+def require_gates(model, name: str) -> None:
+    """
+    Raises:
+        UserError: there is nothing to calibrate.
+    """
+    if not isinstance(model, AdambaForCausalLM) or not model.gates_are_trained():
+        raise UserError(f"calibrate: {name} has no trained exit gates; phase 2 trains them")
+
+
 def calibrate_checkpoint(
     model, tokenizer, folder: str, games: GameSettings, text_rows: Sequence[Sequence[int]], settings
 ) -> dict[str, float | str]:
     """Choose the threshold on episodes, or without a task on text, and write it beside the weights."""
-    if not isinstance(model, AdambaForCausalLM) or not model.gates_are_trained():
-        raise UserError(f"calibrate: {folder} has no trained exit gates; phase 2 trains them")
     tasks = [name for name, count in games.num_episodes.items() if count]
     if tasks:
         measure = task_measure(model, tokenizer, tasks, games, settings.trials)
