@@ -50,7 +50,7 @@ def main() -> None:
     if args.num_eval_pairs:
         held_out = preference_rows(data_args.mix, args.num_eval_pairs, split="test", **options)
 
-    model, tokenizer = load_model_and_tokenizer(model_args)
+    model, tokenizer = load_model_and_tokenizer(model_args, training=True)
     trainer = DPOTrainer(
         model=model,
         args=args,

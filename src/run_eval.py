@@ -3,7 +3,8 @@ Measure a checkpoint on held-out text and task instances, at every width and sev
 into its metrics.json.
 
     python src/run_eval.py recipes/tiny/eval.yaml --model_name_or_path checkpoints/tiny/phase2
-    python src/run_eval.py recipes/tiny/eval.yaml --model_name_or_path checkpoints/tiny/phase5 --calibrate true
+    python src/run_eval.py recipes/tiny/eval.yaml --model_name_or_path checkpoints/tiny/phase5 \
+        --calibrate risk=0.01,confidence=0.95
 """
 
 import itertools
@@ -18,8 +19,10 @@ from adamba.errors import UserError, user_errors
 from adamba.flops import flops_per_token
 from adamba.loading import ModelArguments, load_model_and_tokenizer
 from adamba.model import AdambaForCausalLM
+from adamba.model.decoding_adamba import OPTIONS
 from adamba.publish import update_metrics
 from adamba.recipe import parse
+from adamba.training.calibration import calibrate_checkpoint, calibration_settings, require_gates
 from adamba.training.evaluation import GameSettings, exit_metrics, losses_by_source, observe_exits, play_tasks
 from adamba.training.session import logger, setup_logging
 
@@ -43,6 +46,13 @@ class EvalArguments:
     sweep_thresholds: list[float] = field(
         default_factory=lambda: [0.9, 0.98], metadata={"help": "Exit thresholds at which episodes are played."}
     )
+    calibrate: dict[str, float] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Choose the exit threshold that loses at most `risk` with `confidence` on `trials` held-out "
+            "episodes of each task in num_episodes (rows of text without one), and write it into the checkpoint."
+        },
+    )
     play_batch_size: int = field(default=256, metadata={"help": "Episodes played at once."})
     max_new_tokens: int = field(default=96, metadata={"help": "Tokens in one turn of the model."})
 
@@ -50,10 +60,17 @@ class EvalArguments:
 @user_errors()
 def main() -> None:
     model_args, data_args, args, _ = parse(ModelArguments, DataArguments, EvalArguments)
+    calibration = calibration_settings(args.calibrate)
     setup_logging()
     started = time.monotonic()
     model, tokenizer = load_model_and_tokenizer(model_args)
+    if calibration is not None:
+        require_gates(model, model_args.model_name_or_path)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if isinstance(model, AdambaForCausalLM):
+        for option in OPTIONS:  # each is measured by itself, whatever the checkpoint's own choice is
+            setattr(model.generation_config, option, None)
+    num_rows = args.num_rows + (0 if calibration is None or any(args.num_episodes.values()) else calibration.trials)
     rows = {}
     for source in data_args.mix:
         stream = load_mixture({source: 1.0}, **data_args.mixture_options("test"))
@@ -64,11 +81,14 @@ def main() -> None:
             assistant_only_loss=args.assistant_only_loss,
             documents_per_batch=256,
         )
-        rows[source] = list(itertools.islice(packed, args.num_rows))
+        rows[source] = list(itertools.islice(packed, num_rows))
         if not rows[source]:
             raise UserError(f"mix: {source!r} has no held-out row")
 
-    metrics: dict[str, float] = {}
+    spare = [row["input_ids"] for source in rows for row in rows[source][args.num_rows :]]
+    rows = {source: found[: args.num_rows] for source, found in rows.items()}
+
+    metrics: dict[str, float | str] = {}
     for source, loss in losses_by_source(model, rows, args.batch_size).items():
         metrics["eval_loss" if not source else f"eval_loss_{source}"] = loss
     metrics["flops_per_token"] = flops_per_token(model.config, context_length=args.max_length)
@@ -82,11 +102,14 @@ def main() -> None:
         metrics |= play_tasks(model, tokenizer, games)
     if isinstance(model, AdambaForCausalLM):
         metrics |= elastic_metrics(model, tokenizer, rows, args, sweep)
+    if calibration is not None:
+        metrics |= calibrate_checkpoint(model, tokenizer, model_args.model_name_or_path, games, spare, calibration)
     metrics["eval_seconds"] = time.monotonic() - started
     update_metrics(model_args.model_name_or_path, metrics)
     for key in sorted(metrics):
         if not key.startswith("gate_bin"):
-            logger.info("  %s: %.6g", key, metrics[key])
+            value = metrics[key]
+            logger.info("  %s: %s", key, value if isinstance(value, str) else f"{value:.6g}")
 
 
 def elastic_metrics(model, tokenizer, rows, args: EvalArguments, sweep: GameSettings) -> dict[str, float]:

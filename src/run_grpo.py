@@ -62,7 +62,7 @@ def main() -> None:
     )
     environments = {name: ENVIRONMENTS[name] for name in rows.unique("environment")}
 
-    model, tokenizer = load_model_and_tokenizer(model_args)
+    model, tokenizer = load_model_and_tokenizer(model_args, training=True)
     trainer = GRPOTrainer(
         model=model,
         args=args,

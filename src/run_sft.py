@@ -27,7 +27,7 @@ def main() -> None:
     output_dir = start(args, recipe, inputs)
     logger.info("mix: %s", log_mix(data_args.mix))
 
-    model, tokenizer = load_model_and_tokenizer(model_args, data_args)
+    model, tokenizer = load_model_and_tokenizer(model_args, data_args, training=True)
     if elastic_args.elastic and not isinstance(model, AdambaForCausalLM):
         raise UserError(f"elastic: needs a hybrid, but {model_args.model_name_or_path} is a {type(model).__name__}")
 

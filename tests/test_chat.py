@@ -39,7 +39,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def hybrid(tokenizer: PreTrainedTokenizerFast) -> AdambaForCausalLM:
     torch.manual_seed(0)
-    return AdambaForCausalLM(AdambaConfig.from_depth(4, vocab_size=512))
+    model = AdambaForCausalLM(AdambaConfig.from_depth(4, vocab_size=512))
+    for verdict in (model.model.router.down_proj, *(gate.down_proj for gate in model.model.exit_gates.values())):
+        torch.nn.init.normal_(verdict.weight, std=0.02)  # as if trained: untrained ones are not asked
+    return model
 
 
 class Scripted:

@@ -293,10 +293,15 @@ def match_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 
 def load_model_and_tokenizer(
-    args: ModelArguments, data_args: DataArguments | None = None
+    args: ModelArguments, data_args: DataArguments | None = None, training: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Both, with matching vocabularies. With `data_args`, a `vocab_size` in the recipe trains the tokenizer."""
+    """
+    Both, with matching vocabularies. With `data_args`, a `vocab_size` in the recipe trains the tokenizer. For
+    `training` the model forgets a calibrated exit threshold: it belongs to the weights it was measured on.
+    """
     tokenizer = make_tokenizer(args, data_args) if data_args is not None else load_tokenizer(args)
     model = load_model(args, vocab_size=len(tokenizer))
     match_vocabulary(model, tokenizer, args.tokenizer_name_or_path or args.model_name_or_path)
+    if training and hasattr(model.generation_config, "exit_threshold"):
+        model.generation_config.exit_threshold = None
     return model, tokenizer

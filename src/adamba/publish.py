@@ -86,6 +86,20 @@ def update_metrics(output_dir: str | Path, metrics: Metrics) -> None:
     os.replace(card, folder / "README.md")
 
 
+def update_generation_config(output_dir: str | Path, changes: Mapping[str, Any]) -> None:
+    """
+    Set fields of a published checkpoint's `generation_config.json`; `run.json` then lists the new file.
+
+    A file marked as derived from the model's config would lose them when it is loaded, so the mark goes.
+    """
+    folder = Path(output_dir)
+    path, run = folder / "generation_config.json", read_run(folder)
+    content = (_read_json(path) if path.is_file() else {}) | {"_from_model_config": False}
+    _write_json(path, content | dict(changes))
+    run["files"][path.name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+    _write_json(folder / "run.json", run)
+
+
 def read_metrics(output_dir: str | Path) -> dict[str, Any]:
     """The metrics of a published folder.
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from adamba.model import AdambaForCausalLM
+from adamba.model import AdambaForCausalLM, decoding_adamba
 from models import hybrid, tokens
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
@@ -85,7 +85,13 @@ def test_the_router_reads_the_prompt_only_and_its_confidence() -> None:
         ({"exit_mode": "verify", "exit_layer": -1}, "exit_layer: -1 must be from 0 to"),
         ({"exit_mode": "verify", "exit_layer": 99}, "exit_layer: 99 must be from 0 to"),
         ({"width": "huge"}, "width: unknown level 'huge'"),
-        ({"width": 3}, "width: 3 is not possible"),
+        ({"width": 3}, "width: 3 is not possible here; use a multiple of 8 .* the nearest is 8"),
+        ({"width": 29}, "width: 29 is not possible here; .* the nearest is 32"),
+        ({"expand_threshold": 1.5}, "expand_threshold: 1.5 must be a probability"),
+        ({"exit_mode": "verify", "num_beams": 2}, "num_beams: 2 does not go with exit_mode verify"),
+        ({"exit_mode": "verify", "expand_threshold": 0.5}, "expand_threshold: does not go with exit_mode verify"),
+        ({"exit_mode": "verify", "prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens: is another way"),
+        ({"exit_mode": "verify", "output_scores": True}, "output_scores: exit_mode verify has no such output"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict, message: str) -> None:
@@ -98,6 +104,101 @@ def test_verify_needs_a_gate() -> None:
     without = hybrid(0, first_exit_layer=model.config.num_hidden_layers - 1)
     with pytest.raises(ValueError, match="exit_mode: verify needs a layer to exit from"):
         without.generate(tokens(0, batch=1), max_new_tokens=1, exit_mode="verify")
+
+
+def test_expansion_needs_a_gate_before_the_last_attention_layer() -> None:
+    kinds = ["full_attention", "linear_attention", "full_attention", "linear_attention"]
+    model = hybrid(0, num_hidden_layers=4, layer_types=kinds, first_exit_layer=2)
+    with pytest.raises(ValueError, match=r"expand_threshold: needs an exit gate after one of the layers \[1\]"):
+        model.generate(tokens(0, batch=1), width="ghost", expand_threshold=0.5, max_new_tokens=1)
+
+
+@pytest.fixture
+def warnings(monkeypatch) -> list[str]:
+    """What `generate` warns about, each once."""
+    said: list[str] = []
+    monkeypatch.setattr(
+        decoding_adamba.logger, "warning_once", lambda text: said.append(text) if text not in said else None
+    )
+    return said
+
+
+def test_a_width_that_was_never_trained_warns(warnings: list[str]) -> None:
+    model, prompt = hybrid(0), tokens(0, batch=1, length=5)
+    levels = model.config.width_levels.values()
+    step = model.config.width_step
+    untrained = next(width for width in range(step, model.config.hidden_size, step) if width not in levels)
+    model.generate(prompt, width="ghost", **GREEDY)
+    assert not warnings
+    for _ in range(2):
+        model.generate(prompt, width=untrained, **GREEDY)
+    assert len(warnings) == 1 and f"width: {untrained} was never trained" in warnings[0]
+
+
+def test_untrained_gates_and_router_fall_back_with_a_warning(warnings: list[str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    new, prompt = AdambaForCausalLM(hybrid(0).config), tokens(0, batch=2, length=5)
+    new.save_pretrained(tmp_path)
+    new = AdambaForCausalLM.from_pretrained(tmp_path)  # survives a checkpoint
+    plain = new.generate(prompt, **GREEDY)
+    for options in (
+        {"exit_threshold": 0.1},
+        {"exit_mode": "verify"},
+        {"width": "think", "expand_threshold": 0.9},
+        {"width": "auto"},
+    ):
+        assert torch.equal(plain, new.generate(prompt, **options, **GREEDY))
+        assert (new.last_generation.exit_layers == new.config.num_hidden_layers - 1).all()
+    assert [text.split()[0] for text in warnings] == ["exit_threshold,", "width:"]
+    assert "need trained exit gates" in warnings[0] and "needs a trained router" in warnings[1]
+
+
+def test_verify_of_several_rows_decodes_plainly_with_a_warning(warnings: list[str]) -> None:
+    model, prompt = hybrid(0), tokens(0, batch=2, length=5)
+    plain = model.generate(prompt, **GREEDY)
+    assert torch.equal(plain, model.generate(prompt, exit_mode="verify", exit_threshold=0.3, **GREEDY))
+    assert model.last_generation.num_drafted == 0
+    assert len(warnings) == 1 and "several are decoded plainly" in warnings[0]
+
+
+def test_beams_may_exit_early() -> None:
+    model, prompt = hybrid(1), tokens(1, batch=2, length=5)
+    plain = model.generate(prompt, num_beams=2, **GREEDY)
+    assert torch.equal(plain, model.generate(prompt, num_beams=2, exit_threshold=1.0, **GREEDY))
+    assert model.last_generation.exit_layers is None
+    assert model.generate(prompt, num_beams=2, exit_threshold=0.5, **GREEDY).shape == plain.shape
+
+
+@pytest.mark.parametrize("answers", [1, 2])
+def test_a_mixed_batch_returns_what_was_asked_for(answers: int) -> None:
+    """Sequences, scores and exits of rows that are routed apart come back in the batch's order."""
+    model, ids = hybrid(0), tokens(0, batch=4, length=9)
+    spread_router(model)
+    options = {"width": "auto", "exit_threshold": 0.5, "return_dict_in_generate": True, "output_scores": True}
+    options |= {"max_new_tokens": 6, "do_sample": answers > 1, "top_k": 1, "num_return_sequences": answers}
+    together = model.generate(ids, **options)
+    trace = model.last_generation
+    assert len({tuple(widths) for widths in trace.widths}) > 1, "the test needs rows that are routed apart"
+    assert trace.exit_layers.shape == (4 * answers, 6)
+    assert len(together.scores) == 6 and together.scores[0].shape == (4 * answers, model.config.vocab_size)
+    for row in range(4):
+        alone = model.generate(ids[row : row + 1], **options)
+        for answer in range(answers):
+            place = row * answers + answer
+            assert torch.equal(alone.sequences[answer], together.sequences[place])
+            assert torch.equal(model.last_generation.exit_layers[answer], trace.exit_layers[place])
+            scores = torch.stack([step[place] for step in together.scores])
+            torch.testing.assert_close(scores, torch.stack([step[answer] for step in alone.scores]))
+
+
+def test_every_option_survives_a_checkpoint(tmp_path: Path) -> None:
+    model, chosen = hybrid(1), {"width": "ghost", "exit_threshold": 0.5, "exit_mode": "verify", "exit_layer": 1}
+    chosen |= {"expand_threshold": 0.25, "router_confidence": 0.75}
+    for key, value in chosen.items():
+        setattr(model.generation_config, key, value)
+    model.save_pretrained(tmp_path)
+    loaded = AdambaForCausalLM.from_pretrained(tmp_path).generation_config
+    assert {key: getattr(loaded, key) for key in chosen} == chosen
 
 
 def test_options_live_in_the_generation_config(tmp_path: Path) -> None:
@@ -134,8 +235,9 @@ def test_the_trace_of_early_exits() -> None:
 
 def test_the_trace_of_verified_drafts() -> None:
     model, prompt = hybrid(2), tokens(2, batch=1, length=6)
-    layer = model.config.gate_layers[-1]
-    sequence = model.generate(prompt, exit_mode="verify", exit_layer=layer, do_sample=False, max_new_tokens=12)
+    layer = model.config.gate_layers[0]
+    options = {"exit_mode": "verify", "exit_layer": layer, "exit_threshold": 0.0}  # a draft goes on whatever gates say
+    sequence = model.generate(prompt, do_sample=False, max_new_tokens=12, **options)
     trace = model.last_generation
     assert trace.exit_layers.shape == (1, sequence.shape[1] - prompt.shape[1])
     assert int((trace.exit_layers == layer).sum()) == trace.num_accepted <= trace.num_drafted

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from adamba.loading import ModelArguments, load_model_and_tokenizer
 from adamba.model import AdambaForCausalLM
 from adamba.publish import verify_files
 from tiny_runs import DATA, HYBRID, LEVELS, TRAIN, runner, tensors, write_recipe
@@ -69,7 +70,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluation = DATA | {"num_rows": 4, "exit_thresholds": [0.5, 1.0], "num_episodes": {"calculator": 2}}
         evaluation |= {"max_new_tokens": 8, "num_sweep_episodes": {"calculator": 2}, "sweep_thresholds": [0.5]}
         path = write_recipe(folder / "eval.yaml", evaluation)
-        run("run_eval.py", path, "--model_name_or_path", "phase3b")
+        chance = "risk=0.5,confidence=0.6,trials=4"
+        run("run_eval.py", path, "--model_name_or_path", "phase3b", "--calibrate", chance)
         run(
             "run_eval.py",
             path,
@@ -79,6 +81,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "{}",
             "--num_sweep_episodes",
             "{}",
+            "--calibrate",
+            chance,
         )
     return folder
 
@@ -154,6 +158,23 @@ def test_evaluation_metrics(runs: Path) -> None:
     assert found["eval_loss_threshold_1"] == pytest.approx(found["eval_loss"], abs=1e-4)
     assert found["flops_per_token_width_8"] < found["flops_per_token_width_16"] < found["flops_per_token_width_40"]
     assert {"train_loss", "train_steps"} <= found.keys(), "an evaluation adds to what training measured"
+
+
+@pytest.mark.parametrize(("name", "unit"), [("phase3b", "episodes"), ("slice16", "rows")])
+def test_the_calibrated_threshold_is_in_the_checkpoint(
+    runs: Path, name: str, unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs)
+    verify_files(name)  # run.json knows the new generation_config.json
+    found = metrics(runs, name)
+    threshold = json.loads((runs / name / "generation_config.json").read_text())["exit_threshold"]
+    assert found["calibrated_exit_threshold"] == threshold
+    assert (found["calibration_unit"], found["calibration_risk"], found["calibration_trials"]) == (unit, 0.5, 4)
+    assert "calibration_bound_threshold_0.999" in found
+    model, _ = load_model_and_tokenizer(ModelArguments(model_name_or_path=name))
+    assert model.generation_config.exit_threshold == threshold
+    trained_on, _ = load_model_and_tokenizer(ModelArguments(model_name_or_path=name), training=True)
+    assert trained_on.generation_config.exit_threshold is None
 
 
 def test_the_same_surgery_has_the_same_fingerprint_and_weights(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

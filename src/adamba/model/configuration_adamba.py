@@ -42,7 +42,7 @@ class AdambaConfig(PreTrainedConfig):
     """
 
     model_type = "adamba"
-    keys_to_ignore_at_inference = ["past_key_values", "exit_layers", "gate_logits", "exit_hidden_states"]
+    keys_to_ignore_at_inference = ["past_key_values", "exit_layers", "expanded", "gate_logits", "exit_hidden_states"]
 
     vocab_size: int = 1024
     hidden_size: int = 128
@@ -147,6 +147,23 @@ class AdambaConfig(PreTrainedConfig):
         """Indices of the layers after which an exit gate may stop."""
         return list(range(self.first_exit_layer, self.num_hidden_layers - 1))
 
+    @property
+    def expand_start(self) -> int:
+        """
+        The first layer that may go wider on its own (`expand_threshold`): the last quarter, and at least the last
+        attention layer. The gate before it is the first that is asked.
+        """
+        return min(self.num_hidden_layers - self.num_hidden_layers // 4, self._last_attention)
+
+    @property
+    def expand_gates(self) -> list[int]:
+        """The layers whose gates decide whether a token's remaining layers go wider."""
+        return list(range(max(0, self.expand_start - 1), self._last_attention))
+
+    @property
+    def _last_attention(self) -> int:
+        return max(index for index, kind in enumerate(self.layer_types) if kind in ATTENTION_LAYERS)
+
     def heads_at(self, width: int) -> tuple[int, int]:
         """Query heads and key/value heads of an attention layer that runs at `width` channels."""
         kv_heads = width * self.num_key_value_heads // self.hidden_size
@@ -181,9 +198,10 @@ class AdambaConfig(PreTrainedConfig):
             value = min(self.width_levels[value], limit)
         value = int(value)
         if value < self.width_step or value > limit or value % self.width_step:
+            nearest = min(range(self.width_step, limit + 1, self.width_step), key=lambda width: abs(width - value))
             raise ValueError(
-                f"width: {value} is not possible here; use a multiple of {self.width_step} "
-                f"(one key/value head group) from {self.width_step} to {limit}"
+                f"width: {value} is not possible here; use a multiple of {self.width_step} (one key/value head "
+                f"group) from {self.width_step} to {limit}; the nearest is {nearest}"
             )
         return value
 

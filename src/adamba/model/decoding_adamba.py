@@ -1,24 +1,36 @@
 """
-Adaptive decoding: how wide (`width`), how deep (`exit_threshold`), and whether a shallow answer is checked
-(`exit_mode`). Everything goes through `model.generate`, and each option can live in the generation config.
+Adaptive decoding: how wide (`width`), how deep (`exit_threshold`), whether a shallow answer is checked (`exit_mode`),
+and when to go wider again (`expand_threshold`). Everything goes through `model.generate`, and each option can live in
+the generation config.
 """
 
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils import logging
+
+from .drafting_adamba import DraftPolicy, draft_policy
+from .single_row_adamba import propagate_decode
+from .speculation_adamba import speculative_decode
 
 EXIT_MODES = ("propagate", "verify")
-OPTIONS = ("width", "exit_threshold", "exit_mode", "exit_layer")
-MAX_DRAFT_TOKENS = 8
+OPTIONS = ("width", "exit_threshold", "exit_mode", "exit_layer", "expand_threshold")
+# What only transformers' own loop can return or do.
+PER_STEP_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+OTHER_DECODERS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate")
+LAZY_ATTENTION = ("sdpa", "eager")  # their masks can be cut to the queries that are left
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
 class GenerationTrace:
     """
     What the last `generate` did. `widths`: channels of each attention layer, per row if rows differ. `exit_layers`
-    (B, new tokens): the last layer computed for each. `num_drafted`, `num_accepted`: tokens, in `verify`.
+    (B, new tokens): the last layer computed for each, -1 past the end of a row's group; `None` after beam search.
+    `num_drafted`, `num_accepted`: tokens, in `verify`. `num_expanded`: tokens for which a row went wider.
     """
 
     widths: list
@@ -26,6 +38,7 @@ class GenerationTrace:
     exit_layers: torch.Tensor | None = None
     num_drafted: int = 0
     num_accepted: int = 0
+    num_expanded: int = 0
     steps: list[torch.Tensor] = field(default_factory=list, repr=False)
 
 
@@ -33,6 +46,7 @@ class AdaptiveGenerationMixin:
     """`generate` with width and exit options, in front of transformers' own."""
 
     last_generation: GenerationTrace | None = None
+    _draft_policy: tuple[tuple, DraftPolicy] | None = None
 
     @torch.no_grad()
     def generate(
@@ -44,64 +58,146 @@ class AdaptiveGenerationMixin:
         exit_threshold: float | None = None,
         exit_mode: str | None = None,
         exit_layer: int | None = None,
+        expand_threshold: float | None = None,
         **kwargs,
     ):
         """
         Args:
             width: level name, channels, one of these per attention layer, or `"auto"` (the router decides from the
                 prompt; rows that it sends to different widths are generated in groups). Default: full width.
-            exit_threshold: stop at the first layer whose gate is surer than this. Default 1.0: never.
+            exit_threshold: stop at the first layer whose gate is surer than this. Default 1.0: never. In `verify` it
+                ends drafts instead; the default there is where drafting on would not pay.
             exit_mode: `"propagate"` (lossy; skipped layers take their state from the exit state) or `"verify"`
-                (lossless: the layers up to `exit_layer` draft, the full model checks; one row, else plain decoding).
-            exit_layer: the layer that drafts in `verify`. Default: the middle one of those with a gate.
+                (lossless: early layers draft, the others check). Verify is for one row: several are decoded plainly,
+                with a warning.
+            exit_layer: the layer that drafts in `verify`. Default: chosen while decoding, by what is accepted.
+            expand_threshold: below full width, a token whose gates in the last quarter of the layers all stay under
+                this probability runs the remaining layers at full width. Default: never.
 
         Raises:
-            ValueError: an option that does not exist, or a width that this checkpoint cannot run.
+            ValueError: an option that does not exist, a width that this checkpoint cannot run, or options that do not
+                go together.
         """
-        given = dict(zip(OPTIONS, (width, exit_threshold, exit_mode, exit_layer), strict=True))
+        given = dict(zip(OPTIONS, (width, exit_threshold, exit_mode, exit_layer, expand_threshold), strict=True))
         for config in (generation_config, self.generation_config):
             for key in OPTIONS:
                 given[key] = getattr(config, key, None) if given[key] is None else given[key]
-        width, exit_threshold, exit_mode, exit_layer = (given[key] for key in OPTIONS)
-        exit_mode = exit_mode or "propagate"
-        if exit_mode not in EXIT_MODES:
-            raise ValueError(f"exit_mode: {exit_mode!r} is unknown; use {' or '.join(EXIT_MODES)}")
-        if exit_threshold is not None and not 0 <= exit_threshold <= 1:
-            raise ValueError(f"exit_threshold: {exit_threshold} must be a probability from 0 to 1")
-        options = {"generation_config": generation_config, "exit_threshold": exit_threshold, "exit_mode": exit_mode}
-        options |= {"exit_layer": exit_layer, **kwargs}
+        width = given.pop("width")
+        given["exit_mode"] = given["exit_mode"] or "propagate"
+        self._check_options(given, generation_config, kwargs)
+        options = {"generation_config": generation_config, **given, **kwargs}
         if isinstance(width, str) and width == "auto":
-            return self._generate_routed(inputs, options)
-        return self._generate_at(inputs, self.config.resolve_width(width), **options)
+            if self.model.router.down_proj.is_trained:
+                return self._generate_routed(inputs, options)
+            logger.warning_once(
+                'width: "auto" needs a trained router; this checkpoint\'s is not, so the width is full'
+            )
+            width = None
+        widths = self.config.resolve_width(width)
+        trained = {*self.config.width_levels.values(), *self.config.attention_widths}
+        if untrained := sorted(set(widths) - trained):
+            levels = ", ".join(map(str, self.config.width_levels.values()))
+            logger.warning_once(f"width: {untrained[0]} was never trained; the trained ones are {levels}")
+        return self._generate_at(inputs, widths, **options)
 
-    def _generate_at(self, inputs, widths, exit_threshold, exit_mode, exit_layer, **kwargs):
+    def _check_options(self, given: dict, generation_config, kwargs: dict) -> None:
+        """Refuse what cannot work. Without trained gates exits and expansion are switched off, with a warning."""
+        if given["exit_mode"] not in EXIT_MODES:
+            raise ValueError(f"exit_mode: {given['exit_mode']!r} is unknown; use {' or '.join(EXIT_MODES)}")
+        for key in ("exit_threshold", "expand_threshold"):
+            if given[key] is not None and not 0 <= given[key] <= 1:
+                raise ValueError(f"{key}: {given[key]} must be a probability from 0 to 1")
+        verify = given["exit_mode"] == "verify"
+        if verify and not self.config.gate_layers:
+            raise ValueError("exit_mode: verify needs a layer to exit from, but this model has no exit gates")
+        last = self.config.num_hidden_layers - 2
+        if verify and given["exit_layer"] is not None and not 0 <= given["exit_layer"] <= last:
+            raise ValueError(f"exit_layer: {given['exit_layer']} must be from 0 to {last}")
+        if verify:
+            self._check_verify(given, generation_config, kwargs)
+        if given["expand_threshold"] and not set(self.config.gate_layers) & set(self.config.expand_gates):
+            raise ValueError(
+                f"expand_threshold: needs an exit gate after one of the layers {self.config.expand_gates}, and this "
+                f"model's first gate is after layer {self.config.first_exit_layer}"
+            )
+        exits = verify or (given["exit_threshold"] is not None and given["exit_threshold"] < 1)
+        if (exits or given["expand_threshold"]) and not self.gates_are_trained():
+            logger.warning_once(
+                "exit_threshold, exit_mode and expand_threshold need trained exit gates; this checkpoint's are not, "
+                "so every token takes all layers (phase 2 trains gates)"
+            )
+            given |= {"exit_threshold": None, "exit_mode": "propagate", "expand_threshold": None}
+
+    def _check_verify(self, given: dict, generation_config, kwargs: dict) -> None:
+        option = partial(self._option, generation_config, kwargs)
+        if (option("num_beams") or 1) > 1:
+            raise ValueError(
+                f"num_beams: {option('num_beams')} does not go with exit_mode verify, which checks one row; use "
+                "num_beams=1, or exit_mode propagate"
+            )
+        if given["expand_threshold"]:
+            raise ValueError("expand_threshold: does not go with exit_mode verify; use exit_mode propagate")
+        for key in OTHER_DECODERS:
+            if option(key) is not None:
+                raise ValueError(f"{key}: is another way of decoding; leave it out, or exit_mode verify")
+        for key in PER_STEP_OUTPUTS:
+            if option(key):
+                raise ValueError(f"{key}: exit_mode verify has no such output for each step; leave one of them out")
+
+    def _option(self, generation_config, kwargs: dict, key: str):
+        """An option of transformers' own `generate`, as it will resolve it; `None` when nobody set it."""
+        given = (kwargs.get(key), *(getattr(c, key, None) for c in (generation_config, self.generation_config)))
+        return next((value for value in given if value is not None), None)
+
+    def gates_are_trained(self) -> bool:
+        return any(gate.down_proj.is_trained for gate in self.model.exit_gates.values())
+
+    def _generate_at(
+        self, inputs, widths, exit_threshold, exit_mode, exit_layer, expand_threshold, generation_config=None, **kwargs
+    ):
         trace = GenerationTrace(widths=widths, num_layers=self.config.num_hidden_layers)
         self.last_generation = trace
         rows = inputs if inputs is not None else kwargs.get("input_ids")
-        if exit_mode == "verify" and rows is not None and rows.shape[0] == 1:
-            layer = self._draft_layer(exit_layer)
-            decode = partial(speculative_decode, draft_layer=layer, threshold=exit_threshold, trace=trace)
-            decode = partial(decode, streamer=kwargs.pop("streamer", None))
-            kwargs["custom_generate"] = decode
-        elif exit_mode == "propagate" and exit_threshold is not None:
-            kwargs["exit_threshold"] = exit_threshold
+        option = partial(self._option, generation_config, kwargs)
+        one_row = rows is not None and rows.shape[0] == 1 and (option("num_return_sequences") or 1) == 1
+        loop = None
+        if exit_mode == "verify" and one_row:
+            policy = self._policy(widths, exit_layer, bool(option("do_sample")))
+            loop = partial(speculative_decode, policy=policy, threshold=exit_threshold)
+        elif exit_mode == "verify":
+            logger.warning_once(
+                "exit_mode: verify checks one row at a time; several are decoded plainly, at full depth"
+            )
+        elif exit_threshold is not None and exit_threshold < 1:
+            ours = (*OTHER_DECODERS, *PER_STEP_OUTPUTS)
+            beams = (option("num_beams") or 1) > 1
+            if one_row and not beams and not expand_threshold and not any(option(key) for key in ours):
+                if self.config._attn_implementation in LAZY_ATTENTION:
+                    loop = partial(propagate_decode, threshold=exit_threshold)
+            if loop is None:
+                kwargs["exit_threshold"] = exit_threshold
+        if loop is not None:
+            # transformers hands the prompt to a streamer, but no streamer to a loop of ours.
+            kwargs["custom_generate"] = partial(loop, trace=trace, streamer=kwargs.get("streamer"))
+        if expand_threshold:
+            kwargs["expand_threshold"] = expand_threshold
         if widths != self.config.attention_widths:
             kwargs["width"] = widths
-        output = super().generate(inputs, **kwargs)
-        if trace.steps:
+        output = super().generate(inputs, generation_config=generation_config, **kwargs)
+        # Beams change places from step to step, and rows are repeated for several answers.
+        if trace.steps and (option("num_beams") or 1) == 1:
             trace.exit_layers = torch.cat(trace.steps, dim=1)
-            trace.steps.clear()
+        trace.steps.clear()
         return output
 
-    def _draft_layer(self, exit_layer: int | None) -> int:
-        gate_layers = self.config.gate_layers
-        if not gate_layers:
-            raise ValueError("exit_mode: verify needs a layer to exit from, but this model has no exit gates")
-        if exit_layer is None:
-            return gate_layers[(len(gate_layers) - 1) // 2]
-        if not 0 <= exit_layer < self.config.num_hidden_layers - 1:
-            raise ValueError(f"exit_layer: {exit_layer} must be from 0 to {self.config.num_hidden_layers - 2}")
-        return exit_layer
+    def _policy(self, widths: list[int], exit_layer: int | None, sampling: bool) -> DraftPolicy:
+        """What is known about drafting at these widths. Sampled text depends on what is drafted, so it starts new."""
+        if sampling:
+            return draft_policy(self, widths, exit_layer)
+        key = (tuple(widths), exit_layer)
+        if self._draft_policy is None or self._draft_policy[0] != key:
+            self._draft_policy = (key, draft_policy(self, widths, exit_layer))
+        return self._draft_policy[1]
 
     def route(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """The router's width of each attention layer, (B, attention layers) channels, from the prompt alone."""
@@ -120,18 +216,16 @@ class AdaptiveGenerationMixin:
         distinct, group_of = widths.unique(dim=0, return_inverse=True)
         if len(distinct) == 1:
             return self._generate_at(rows, distinct[0].tolist(), attention_mask=mask, **options)
-        sequences: list[torch.Tensor] = [rows[0]] * rows.shape[0]
+        groups = []
         for group, group_widths in enumerate(distinct.tolist()):
             members = (group_of == group).nonzero().squeeze(-1)
             group_mask = None if mask is None else mask[members]
             output = self._generate_at(rows[members], group_widths, attention_mask=group_mask, **options)
-            output = output if isinstance(output, torch.Tensor) else output.sequences
-            for member, sequence in zip(members.tolist(), output, strict=True):
-                sequences[member] = sequence
-        self.last_generation = GenerationTrace(widths=widths.tolist(), num_layers=self.config.num_hidden_layers)
+            groups.append((members, output, self.last_generation))
+        self.last_generation = _merge_traces(groups, widths.tolist())
         pad = self.generation_config.pad_token_id
         pad = self.config.pad_token_id if pad is None else pad
-        return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad or 0)
+        return _merge_outputs(groups, pad or 0)
 
     def _prepare_generation_config(self, generation_config, **kwargs):
         # Once a generation config has these fields, transformers would keep them there and not call forward with them.
@@ -140,130 +234,50 @@ class AdaptiveGenerationMixin:
         return generation_config, {**model_kwargs, **ours}
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
-        if self.last_generation is not None and getattr(outputs, "exit_layers", None) is not None:
-            self.last_generation.steps.append(outputs.exit_layers[:, -1:])
+        trace = self.last_generation
+        if trace is not None and getattr(outputs, "exit_layers", None) is not None:
+            trace.steps.append(outputs.exit_layers[:, -1:])
+        if trace is not None and getattr(outputs, "expanded", None) is not None:
+            trace.num_expanded += int(outputs.expanded.sum())
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
 
-def snapshot(cache: Cache) -> list[dict]:
+Group = tuple[torch.Tensor, GenerateDecoderOnlyOutput | torch.Tensor, GenerationTrace]
+
+
+def _in_order(groups: list[Group], parts: list[torch.Tensor], value: float) -> torch.Tensor:
+    """One (rows, length, ...) tensor a group -> all rows in the batch's order, shorter ones ending in `value`."""
+    places = []
+    for (members, _, _), part in zip(groups, parts, strict=True):
+        answers = len(part) // len(members)  # `num_return_sequences`
+        places.append((members[:, None] * answers + torch.arange(answers, device=members.device)).flatten())
+    by_row = [row for part in parts for row in part]
+    ordered = [by_row[index] for index in torch.cat(places).argsort()]
+    return torch.nn.utils.rnn.pad_sequence(ordered, batch_first=True, padding_value=value)
+
+
+def _merge_outputs(groups: list[Group], pad: int):
     """
-    The cache as it is now. Attention tensors are kept by reference (an update makes new ones); Mamba states are
-    copied (an update writes into them).
+    The groups' answers as one. Scores and logits of a row whose group ended earlier are 0 from there on; caches,
+    attentions and hidden states have another shape in each group and are left out.
     """
-    saved = []
-    for layer in cache.layers:
-        state = dict(vars(layer))
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            for key, value in state.items():
-                if isinstance(value, dict):
-                    state[key] = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in value.items()}
-        saved.append(state)
-    return saved
+    outputs = [output for _, output, _ in groups]
+    if isinstance(outputs[0], torch.Tensor):
+        return _in_order(groups, outputs, pad)
+    merged = GenerateDecoderOnlyOutput(sequences=_in_order(groups, [output.sequences for output in outputs], pad))
+    for key in ("scores", "logits"):
+        if outputs[0].get(key) is not None:
+            steps = _in_order(groups, [torch.stack(output[key], dim=1) for output in outputs], 0.0)
+            merged[key] = tuple(steps.unbind(1))
+    return merged
 
 
-def restore(cache: Cache, saved: list[dict]) -> None:
-    """Put the cache back as `snapshot` found it; the snapshot stays usable."""
-    for layer, state in zip(cache.layers, saved, strict=True):
-        for key, value in state.items():
-            if isinstance(value, dict):
-                value = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in value.items()}
-            setattr(layer, key, value)
-
-
-@torch.no_grad()
-def speculative_decode(
-    model,
-    input_ids: torch.LongTensor,
-    logits_processor,
-    stopping_criteria,
-    generation_config,
-    draft_layer: int,
-    threshold: float | None,
-    trace: GenerationTrace,
-    streamer=None,
-    **model_kwargs,
-) -> torch.LongTensor:
-    """
-    Self-speculative decoding (LayerSkip, Elhoushi et al., 2024; acceptance of Leviathan et al., 2023) for a model
-    with recurrent states: layers 0..draft_layer propose a few tokens, one full pass checks them all, and on a
-    rejection every cache, Mamba states included, goes back to the last accepted token. Greedy output is that of the
-    full model; sampled output has its distribution.
-    """
-    width = model_kwargs.get("width")
-    cache = model_kwargs.get("past_key_values")
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    mask = model_kwargs.get("attention_mask")
-    last_layer = model.config.num_hidden_layers - 1
-
-    def run(tokens: torch.Tensor, **options):
-        seen = cache.get_seq_length() + tokens.shape[1]
-        # Nothing after the prompt is padding, so the prompt's mask is only ever extended by ones.
-        padding = None if mask is None else torch.nn.functional.pad(mask, (0, seen - mask.shape[1]), value=1)
-        positions = torch.arange(seen - tokens.shape[1], seen, device=tokens.device)[None]
-        if mask is not None:
-            positions = (positions - int((mask == 0).sum())).clamp(min=0)
-        return model(
-            tokens,
-            attention_mask=padding,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            width=width,
-            **options,
-        )
-
-    def distribution(prefix: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        scores = logits_processor(prefix, logits.float())
-        if generation_config.do_sample:
-            return scores.softmax(-1)
-        return torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).to(scores.dtype)
-
-    def emit(token: torch.Tensor, layer: int) -> bool:
-        nonlocal input_ids
-        input_ids = torch.cat((input_ids, token.view(1, 1)), dim=1)
-        trace.steps.append(torch.full((1, 1), layer))
-        if streamer is not None:
-            streamer.put(token.view(1).cpu())
-        return bool(stopping_criteria(input_ids, None).all())
-
-    prefill = run(input_ids[:, cache.get_seq_length() :], logits_to_keep=1)
-    done = emit(distribution(input_ids, prefill.logits[:, -1]).multinomial(1), last_layer)
-    draft_length = 2
-    while not done:
-        before = snapshot(cache)
-        prefix, drafts, draft_probs = input_ids, [], []
-        for _ in range(draft_length):
-            shallow = run(prefix[:, -1:], stop_layer=draft_layer, exit_hidden_layers=[draft_layer])
-            probs = distribution(prefix, shallow.logits[:, -1])
-            token = probs.multinomial(1)
-            drafts.append(token)
-            draft_probs.append(probs)
-            prefix = torch.cat((prefix, token), dim=1)
-            gate = model.model.exit_gates[str(draft_layer)] if str(draft_layer) in model.model.exit_gates else None
-            if threshold is not None and gate is not None:
-                if gate(shallow.exit_hidden_states[0]).sigmoid().item() <= threshold:
-                    break
-        restore(cache, before)
-        full = run(prefix[:, input_ids.shape[1] - 1 :])
-        start, accepted = input_ids.shape[1], 0
-        for index, (token, q) in enumerate(zip(drafts, draft_probs, strict=True)):
-            p = distribution(prefix[:, : start + index], full.logits[:, index])
-            if torch.rand(()) * q.gather(1, token) > p.gather(1, token) or p.gather(1, token) == 0:
-                residual = (p - q).clamp(min=0)
-                done = emit(residual.multinomial(1), last_layer)
-                break
-            accepted += 1
-            done = emit(token, draft_layer)
-            if done:
-                break
-        else:
-            done = emit(distribution(prefix, full.logits[:, -1]).multinomial(1), last_layer)
-        trace.num_drafted += len(drafts)
-        trace.num_accepted += accepted
-        if not done and accepted < len(drafts):
-            restore(cache, before)
-            run(prefix[:, start - 1 : start + accepted])
-        draft_length = min(draft_length + 1, MAX_DRAFT_TOKENS) if accepted == len(drafts) else max(1, accepted)
-    if streamer is not None:
-        streamer.end()
-    return input_ids
+def _merge_traces(groups: list[Group], widths: list) -> GenerationTrace:
+    traces = [trace for _, _, trace in groups]
+    merged = GenerationTrace(widths=widths, num_layers=traces[0].num_layers)
+    exits = [trace.exit_layers for trace in traces if trace.exit_layers is not None]
+    if len(exits) == len(groups):
+        merged.exit_layers = _in_order(groups, exits, -1)
+    for key in ("num_drafted", "num_accepted", "num_expanded"):
+        setattr(merged, key, sum(getattr(trace, key) for trace in traces))
+    return merged

@@ -11,6 +11,14 @@ from .configuration_adamba import AdambaConfig
 from .layers_adamba import ElasticRMSNorm
 
 
+class Verdict(nn.Linear):
+    """The last layer of a gate or router. New, it is zero and says 1/2 of everything; training moves it."""
+
+    @property
+    def is_trained(self) -> bool:
+        return bool(self.weight.any())
+
+
 class ExitGate(nn.Module):
     """P(stopping after this layer gives the same token as the full depth), as a logit, for each position."""
 
@@ -18,7 +26,7 @@ class ExitGate(nn.Module):
         super().__init__()
         self.norm = ElasticRMSNorm(config.hidden_size, config.norm_base_width, config.rms_norm_eps, gain=False)
         self.up_proj = nn.Linear(config.hidden_size, config.exit_gate_size)
-        self.down_proj = nn.Linear(config.exit_gate_size, 1)
+        self.down_proj = Verdict(config.exit_gate_size, 1)
         # Calibration (`run_eval.py --calibrate`): logit / temperature; 1 leaves the gate as trained.
         self.temperature = nn.Buffer(torch.ones(()))
 
@@ -39,7 +47,7 @@ class WidthRouter(nn.Module):
         self.num_levels = len(config.width_levels)
         self.norm = ElasticRMSNorm(config.hidden_size, config.norm_base_width, config.rms_norm_eps, gain=False)
         self.up_proj = nn.Linear(config.hidden_size, config.router_size)
-        self.down_proj = nn.Linear(config.router_size, self.num_layers * max(1, self.num_levels - 1))
+        self.down_proj = Verdict(config.router_size, self.num_layers * max(1, self.num_levels - 1))
 
     def forward(self, embeddings_BLD: torch.Tensor, prompt_mask_BL: torch.Tensor) -> torch.Tensor:
         """Returns (B, attention layers, levels - 1). Each token is judged, then the prompt's tokens are averaged."""

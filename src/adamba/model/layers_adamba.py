@@ -102,31 +102,30 @@ class ElasticAttention(nn.Module):
             x_BHLP = norm(x_BHLP)
         return x_BHLP
 
-    def forward(
+    def key_value(
+        self, x_BLW: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (B, K, L, P) of the heads that belong to W channels."""
+        num_kv_heads = self.config.heads_at(x_BLW.shape[-1])[1]
+        kv_size = num_kv_heads * self.head_dim
+        norm = self.k_norm if self.config.qk_norm is not None else None
+        key = self._position(self._heads(self.k_proj(x_BLW, kv_size), num_kv_heads), norm, rope)
+        return key, self._heads(self.v_proj(x_BLW, kv_size), num_kv_heads)
+
+    def attend(
         self,
         x_BLW: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        cache: Cache | None,
-        active: torch.Tensor | None,
         **kwargs,
     ) -> torch.Tensor:
+        """What L queries read from keys and values, (B, L, W)."""
         width = x_BLW.shape[-1]
-        num_heads, num_kv_heads = self.config.heads_at(width)
-        kv_size = num_kv_heads * self.head_dim
-        q_norm, k_norm = (self.q_norm, self.k_norm) if self.config.qk_norm is not None else (None, None)
-        key = self._position(self._heads(self.k_proj(x_BLW, kv_size), num_kv_heads), k_norm, rope)
-        value = self._heads(self.v_proj(x_BLW, kv_size), num_kv_heads)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-        if active is not None:
-            if active.numel() == 0:
-                return x_BLW[active]
-            x_BLW, key, value = x_BLW[active], key[active], value[active]
-            rope = tuple(part if part.shape[0] == 1 else part[active] for part in rope)
-            if attention_mask is not None and attention_mask.shape[0] > 1:
-                attention_mask = attention_mask[active]
-        query = self._position(self._heads(self.q_proj(x_BLW, num_heads * self.head_dim), num_heads), q_norm, rope)
+        num_heads = self.config.heads_at(width)[0]
+        norm = self.q_norm if self.config.qk_norm is not None else None
+        query = self._position(self._heads(self.q_proj(x_BLW, num_heads * self.head_dim), num_heads), norm, rope)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         out_BLHP, _ = attend(
             self,
@@ -140,6 +139,34 @@ class ElasticAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(out_BLHP.reshape(*x_BLW.shape[:-1], -1), width)
+
+    def forward(
+        self,
+        x_BLW: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+        active: torch.Tensor | None,
+        num_live: int | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        key, value = self.key_value(x_BLW, rope)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        if num_live is not None:
+            x_BLW, rope = x_BLW[:, -num_live:], tuple(part[:, -num_live:] for part in rope)
+        if active is not None:
+            x_BLW, key, value = x_BLW[active], key[active], value[active]
+            rope, attention_mask = rows_of(rope, attention_mask, active)
+        return self.attend(x_BLW, key, value, rope, attention_mask, **kwargs)
+
+
+def rows_of(rope, attention_mask, rows: torch.Tensor):
+    """Rotations and mask of some rows; what is the same for all rows has one row."""
+    rope = tuple(part if part.shape[0] == 1 else part[rows] for part in rope)
+    if attention_mask is not None and attention_mask.shape[0] > 1:
+        attention_mask = attention_mask[rows]
+    return rope, attention_mask
 
 
 class ElasticMLP(nn.Module):
@@ -180,11 +207,18 @@ class AttentionLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         active: torch.Tensor | None = None,
+        num_live: int | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """hidden (B, L, hidden_size) -> the same shape; `active` (indices of rows) limits who is computed."""
+        """
+        hidden (B, L, hidden_size) -> the same shape. `active` (indices of rows) limits who is computed; with
+        `num_live` only the last so many tokens are, and returned. The others only fill the cache.
+        """
         x = hidden[..., :width]
-        attended = self.self_attn(self.input_layernorm(x), rope, attention_mask, cache, active, **kwargs)
+        attended = self.self_attn(self.input_layernorm(x), rope, attention_mask, cache, active, num_live, **kwargs)
+        if num_live is not None:
+            hidden = hidden[:, -num_live:]
+            x = hidden[..., :width]
         x = (x if active is None else x[active]) + attended
         x = x + self.mlp(self.post_attention_layernorm(x))
         if active is not None:
@@ -192,3 +226,44 @@ class AttentionLayer(GradientCheckpointingLayer):
             hidden[active, :, :width] = x
             return hidden
         return x if width == hidden.shape[-1] else torch.cat((x, hidden[..., width:]), dim=-1)
+
+    def fill(self, hidden: torch.Tensor, width: int, rope: tuple[torch.Tensor, torch.Tensor], cache: Cache) -> None:
+        """Tokens that skip this layer: their keys and values alone."""
+        key, value = self.self_attn.key_value(self.input_layernorm(hidden[..., :width]), rope)
+        cache.update(key, value, self.self_attn.layer_idx)
+
+    def forward_either(
+        self,
+        hidden: torch.Tensor,
+        widths: tuple[int, int],
+        rope: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        cache: Cache,
+        active: torch.Tensor | None,
+        wide: torch.Tensor | None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        A layer whose tokens run at one of two widths. The cache holds the keys and values of both, side by side on
+        the heads' axis, so each row finds every earlier token at its own width. `wide` (B,): who takes the larger;
+        `None`: nobody.
+        """
+        normed = [self.input_layernorm(hidden[..., :width]) for width in widths]
+        pairs = [self.self_attn.key_value(x, rope) for x in normed]
+        key, value = (torch.cat(both, dim=1) for both in zip(*pairs, strict=True))
+        key, value = cache.update(key, value, self.self_attn.layer_idx)
+        num_heads = [pair[0].shape[1] for pair in pairs]
+        live = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+        live[slice(None) if active is None else active] = True
+        wide = torch.zeros_like(live) if wide is None else wide
+        result = hidden.clone()
+        heads = zip(key.split(num_heads, dim=1), value.split(num_heads, dim=1), strict=True)
+        for width, x, (k, v), chosen in zip(widths, normed, heads, (live & ~wide, live & wide), strict=True):
+            rows = chosen.nonzero().squeeze(-1)
+            if rows.numel():
+                row_rope, mask = rows_of(rope, attention_mask, rows)
+                y = hidden[rows, :, :width] + self.self_attn.attend(
+                    x[rows], k[rows], v[rows], row_rope, mask, **kwargs
+                )
+                result[rows, :, :width] = y + self.mlp(self.post_attention_layernorm(y))
+        return result

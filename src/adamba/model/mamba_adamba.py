@@ -23,8 +23,9 @@ from transformers.utils.import_utils import is_mamba_2_ssm_available
 
 from .configuration_adamba import AdambaConfig
 from .layers_adamba import ElasticRMSNorm
-from .scan_adamba import causal_conv, chunk_scan, scan_step
+from .scan_adamba import causal_conv, chunk_scan, scan_states, scan_step, short_conv
 
+SHORT = 16  # tokens up to which the convolution is cheaper as a plain sum on a CPU
 TIME_STEP_MIN, TIME_STEP_MAX, TIME_STEP_FLOOR = 1e-3, 1e-1, 1e-4
 
 
@@ -70,6 +71,7 @@ class Mamba2Mixer(nn.Module):
         padding_mask: torch.Tensor | None,
         documents: torch.Tensor | None,
         active: torch.Tensor | None,
+        num_live: int | None = None,
     ) -> torch.Tensor:
         batch, length, _ = x_BLD.shape
         if padding_mask is not None:
@@ -81,15 +83,24 @@ class Mamba2Mixer(nn.Module):
             # The convolution's bias reaches padding too; without this the state would see it.
             conv_out = conv_out * padding_mask[..., None].to(conv_out.dtype)
         x, b, c = self._split(conv_out)
-        if length == 1 and state is not None:
+        history = state_history(cache, self.layer_idx)
+        if history is not None and state is not None:
+            y, states = scan_states(x, softplus(dt + self.dt_bias), -self.A_log.exp(), b, c, self.D, state)
+            history.extend(states)
+            cache.layers[self.layer_idx].recurrent_states[0] = states[-1]
+        elif length == 1 and state is not None:
             y = self._step(x, dt, b, c, state)
         else:
             y, last_state = self._scan(x, dt, b, c, state, documents)
             if cache is not None:
                 cache.update_recurrent_state(last_state, self.layer_idx)
         y = y.to(x_BLD.dtype).reshape(batch, length, self.inner_size)
+        if num_live is not None:
+            y, gate = y[:, -num_live:], gate[:, -num_live:]
         if active is not None:
             y, gate = y[active], gate[active]
+        if y.numel() == 0:
+            return x_BLD[:0]
         return self.out_proj(self.norm(y, gate))
 
     def _convolve(self, conv_in: torch.Tensor, cache: Cache | None, documents: torch.Tensor | None) -> torch.Tensor:
@@ -99,7 +110,15 @@ class Mamba2Mixer(nn.Module):
             return causal_conv(conv_in, weight, bias, documents)
         channels_first = conv_in.transpose(1, 2)
         conv_state = cache.get_conv_state(self.layer_idx) if cache is not None else None
-        if conv_state is not None and length == 1:
+        recording = state_history(cache, self.layer_idx) is not None
+        if conv_state is not None and (recording or 1 < length <= SHORT and not conv_state.is_cuda):
+            window = cache.update_conv_state(channels_first, self.layer_idx, conv_kernel_size=self.conv_kernel)
+            out = short_conv(window[..., -(self.conv_kernel - 1 + length) :], weight, bias)
+        elif conv_state is not None and length == 1 and not conv_state.is_cuda:
+            window = torch.cat((conv_state[..., 1:], channels_first), dim=-1)
+            conv_state.copy_(window)
+            out = short_conv(window[..., -self.conv_kernel :], weight, bias)
+        elif conv_state is not None and length == 1:
             out = causal_conv1d_update(channels_first, conv_state, weight, bias, activation="silu")
         else:
             if cache is not None:
@@ -159,6 +178,11 @@ class Mamba2Mixer(nn.Module):
         return chunk_scan(x_BLHP, dt_BLH, a_H, b_BLGN, c_BLGN, self.D, self.chunk_size, state, documents)
 
 
+def state_history(cache: Cache | None, layer_idx: int) -> list[torch.Tensor] | None:
+    """The states since the last token that is final, while `speculation_adamba` drafts on this cache; else `None`."""
+    return None if cache is None else getattr(cache.layers[layer_idx], "state_history", None)
+
+
 def has_kernels(tensor: torch.Tensor) -> bool:
     """Whether `mamba_ssm`'s kernels can take this tensor; without them the plain twin in `scan_adamba` runs."""
     return tensor.is_cuda and is_mamba_2_ssm_available()
@@ -179,9 +203,17 @@ class MambaLayer(GradientCheckpointingLayer):
         padding_mask: torch.Tensor | None = None,
         documents: torch.Tensor | None = None,
         active: torch.Tensor | None = None,
+        num_live: int | None = None,
     ) -> torch.Tensor:
-        """hidden (B, L, D) -> the same shape; rows that are not `active` only advance their state."""
-        mixed = self.mixer(self.norm(hidden), cache, padding_mask, documents, active)
+        """
+        hidden (B, L, D) -> the same shape; rows that are not `active` only advance their state, and so do all but the
+        last `num_live` tokens, which alone are returned.
+        """
+        mixed = self.mixer(self.norm(hidden), cache, padding_mask, documents, active, num_live)
+        if num_live is not None:
+            hidden = hidden[:, -num_live:]
+        if active is not None and active.numel() == 0:
+            return hidden
         if active is None:
             return hidden + mixed
         hidden = hidden.clone()

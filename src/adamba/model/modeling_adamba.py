@@ -5,6 +5,7 @@ AdambaForCausalLM: elastic attention layers and full-width Mamba-2 layers in tur
     model.generate(**inputs, width="auto", exit_threshold=0.95, exit_mode="propagate")
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .configuration_adamba import ATTENTION_LAYERS, AdambaConfig
 from .decoding_adamba import AdaptiveGenerationMixin
-from .gates_adamba import ExitGate, WidthRouter
+from .gates_adamba import ExitGate, Verdict, WidthRouter
 from .layers_adamba import AttentionLayer, ElasticRMSNorm
 from .mamba_adamba import Mamba2Mixer, MambaLayer, init_decay, init_time_steps, number_documents
 
@@ -32,13 +33,14 @@ from .mamba_adamba import Mamba2Mixer, MambaLayer, init_decay, init_time_steps, 
 class AdambaModelOutput(ModelOutput):
     """
     last_hidden_state (B, L, D): after the final norm. exit_layers (B, L): last layer computed for each token.
-    gate_logits (B, L, gates): one per `config.gate_layers`, on request. exit_hidden_states: one (B, L, D), before the
-    final norm, per layer asked for.
+    expanded (B,): whether the row's remaining layers went wider. gate_logits (B, L, gates): one per
+    `config.gate_layers`, on request. exit_hidden_states: one (B, L, D), before the final norm, per layer asked for.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     past_key_values: Cache | None = None
     exit_layers: torch.LongTensor | None = None
+    expanded: torch.BoolTensor | None = None
     gate_logits: torch.FloatTensor | None = None
     exit_hidden_states: tuple[torch.FloatTensor, ...] | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -49,6 +51,7 @@ class AdambaCausalLMOutput(CausalLMOutputWithPast):
     """`CausalLMOutputWithPast` and the extra fields of `AdambaModelOutput`."""
 
     exit_layers: torch.LongTensor | None = None
+    expanded: torch.BoolTensor | None = None
     gate_logits: torch.FloatTensor | None = None
     exit_hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
@@ -78,6 +81,8 @@ class AdambaPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
         elif isinstance(module, ExitGate):
             init.ones_(module.temperature)
+        elif isinstance(module, Verdict):
+            init.zeros_(module.weight)
 
 
 class AdambaModel(AdambaPreTrainedModel):
@@ -108,6 +113,7 @@ class AdambaModel(AdambaPreTrainedModel):
         use_cache: bool | None = None,
         width: int | str | list | None = None,
         exit_threshold: float | None = None,
+        expand_threshold: float | None = None,
         exit_layers: torch.LongTensor | None = None,
         stop_layer: int | None = None,
         exit_hidden_layers: list[int] | None = None,
@@ -120,6 +126,9 @@ class AdambaModel(AdambaPreTrainedModel):
             width: channels of the attention layers (`AdambaConfig.resolve_width`); `None` is full width.
             exit_threshold: in single-token decoding a row stops after the first gate whose probability exceeds it,
                 and its exit state fills the caches of the layers it skips. 1.0 or `None` never stops.
+            expand_threshold: in single-token decoding a row whose gates, from the entrance of the last quarter of the
+                layers on, have all stayed under this probability runs the remaining layers at full width. Give it with
+                every call on a cache, the prompt's too: those layers then cache keys and values of both widths.
             exit_layers: (B, L) forced exits: token t is left as it is after layer `exit_layers[b, t]`; the reference
                 that cached early exit is tested against.
             stop_layer: run no layer after this one, and fill no cache there (a draft).
@@ -139,13 +148,14 @@ class AdambaModel(AdambaPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(seen, seen + length, device=hidden.device)[None]
-        masks = self._masks(hidden, attention_mask, position_ids, past_key_values)
+        masks = self._masks(hidden, attention_mask, position_ids, past_key_values, set(self.config.layer_types))
         documents = None
         if past_key_values is None and attention_mask is None:
             documents = number_documents(position_ids)
         cos, sin = self.rotary_emb(hidden, position_ids)
         rope = (cos, sin * self.config.rope_sign)
-        widths = iter(self.config.resolve_width(width))
+        resolved = self.config.resolve_width(width)
+        widths = iter(resolved)
         if self.embed_norm is not None:
             hidden = self.embed_norm(hidden)
 
@@ -153,16 +163,29 @@ class AdambaModel(AdambaPreTrainedModel):
         taken = torch.full((batch, length), last_layer, device=hidden.device)
         may_exit = exit_threshold is not None and exit_threshold < 1 and length == 1 and past_key_values is not None
         active: torch.Tensor | None = None
+        narrow = expand_threshold is not None and resolved != self.config.attention_widths
+        expandable = narrow and past_key_values is not None
+        wide: torch.Tensor | None = None
+        limits = iter(self.config.attention_widths)
         gate_logits, kept_hidden = [], []
         all_hidden = [hidden] if output_hidden_states else None
         for index, (kind, layer) in enumerate(zip(self.config.layer_types, self.layers, strict=True)):
             if index > last_layer:
                 break
             before = hidden
-            if kind in ATTENTION_LAYERS:
+            layer_width, limit = (next(widths), next(limits)) if kind in ATTENTION_LAYERS else (None, None)
+            idle = active is not None and active.numel() == 0
+            if expandable and layer_width is not None and index >= self.config.expand_start and layer_width < limit:
+                both = (layer_width, limit)
+                hidden = layer.forward_either(
+                    hidden, both, rope, masks[kind], past_key_values, active, wide, position_ids=position_ids, **kwargs
+                )
+            elif idle and layer_width is not None:
+                layer.fill(hidden, layer_width, rope, past_key_values)
+            elif layer_width is not None:
                 hidden = layer(
                     hidden,
-                    next(widths),
+                    layer_width,
                     rope,
                     masks[kind],
                     cache=past_key_values,
@@ -181,6 +204,9 @@ class AdambaModel(AdambaPreTrainedModel):
             if str(index) in self.exit_gates:
                 if output_gates:
                     gate_logits.append(self.exit_gates[str(index)](hidden))
+                if expandable and length == 1 and index >= self.config.expand_start - 1:
+                    unsure = self.exit_gates[str(index)](hidden).sigmoid().squeeze(-1) < expand_threshold
+                    wide = unsure if wide is None else wide & unsure
                 if may_exit:
                     active, taken = self._exit(index, hidden, exit_threshold, active, taken)
         if exit_layers is not None:
@@ -189,12 +215,26 @@ class AdambaModel(AdambaPreTrainedModel):
             last_hidden_state=self.norm(hidden),
             past_key_values=past_key_values if use_cache else None,
             exit_layers=taken,
+            expanded=wide,
             gate_logits=torch.stack(gate_logits, dim=-1) if gate_logits else None,
             exit_hidden_states=tuple(kept_hidden) or None,
             hidden_states=tuple(all_hidden) if all_hidden is not None else None,
         )
 
-    def _masks(self, hidden, attention_mask, position_ids, past_key_values) -> dict[str, torch.Tensor | None]:
+    def cached_masks(
+        self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache, layers: range
+    ) -> dict[str, torch.Tensor | None]:
+        """Masks for some layers only, which may have seen more or fewer tokens than the others."""
+        view = copy.copy(cache)
+        view.layers = cache.layers[layers.start : layers.stop]
+        kinds = {self.config.layer_types[index] for index in layers} & set(ATTENTION_LAYERS)
+        return self._masks(hidden, attention_mask, None, view, kinds)
+
+    def _masks(self, hidden, attention_mask, position_ids, past_key_values, kinds) -> dict[str, torch.Tensor | None]:
+        # One token sees all that a growing cache holds. `generate` always brings a mask, mostly of ones.
+        if hidden.shape[1] == 1 and type(past_key_values) is DynamicCache:
+            if attention_mask is None or bool(attention_mask.all()):
+                return dict.fromkeys(kinds)
         args = {
             "config": self.config,
             "inputs_embeds": hidden,
@@ -207,15 +247,18 @@ class AdambaModel(AdambaPreTrainedModel):
             "sliding_attention": create_sliding_window_causal_mask,
             "linear_attention": create_recurrent_attention_mask,
         }
-        return {kind: builders[kind](**args) for kind in set(self.config.layer_types)}
+        return {kind: builders[kind](**args) for kind in kinds}
 
-    def _exit(self, index, hidden, threshold, active, taken) -> tuple[torch.Tensor, torch.Tensor]:
+    def _exit(self, index, hidden, threshold, active, taken) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Drop the rows whose gate is sure enough from `active`, and note where they left."""
+        if active is not None and active.numel() == 0:
+            return active, taken
+        alive = hidden if active is None else hidden[active]
+        sure = self.exit_gates[str(index)](alive).sigmoid().squeeze(-1) > threshold
+        if active is None and not bool(sure.any()):
+            return None, taken  # all rows go on: no row needs to be picked out
         if active is None:
             active = torch.arange(hidden.shape[0], device=hidden.device)
-        if active.numel() == 0:
-            return active, taken
-        sure = self.exit_gates[str(index)](hidden[active]).sigmoid().squeeze(-1) > threshold
         taken[active[sure]] = index
         return active[~sure], taken
 
@@ -250,6 +293,7 @@ class AdambaForCausalLM(AdaptiveGenerationMixin, AdambaPreTrainedModel, Generati
         logits_to_keep: int | torch.Tensor = 0,
         width: int | str | list | None = None,
         exit_threshold: float | None = None,
+        expand_threshold: float | None = None,
         exit_layers: torch.LongTensor | None = None,
         stop_layer: int | None = None,
         exit_hidden_layers: list[int] | None = None,
@@ -269,6 +313,7 @@ class AdambaForCausalLM(AdaptiveGenerationMixin, AdambaPreTrainedModel, Generati
             use_cache=use_cache,
             width=width,
             exit_threshold=exit_threshold,
+            expand_threshold=expand_threshold,
             exit_layers=exit_layers,
             stop_layer=stop_layer,
             exit_hidden_layers=exit_hidden_layers,
@@ -289,6 +334,7 @@ class AdambaForCausalLM(AdaptiveGenerationMixin, AdambaPreTrainedModel, Generati
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             exit_layers=outputs.exit_layers,
+            expanded=outputs.expanded,
             gate_logits=outputs.gate_logits,
             exit_hidden_states=outputs.exit_hidden_states,
         )

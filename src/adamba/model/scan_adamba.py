@@ -113,6 +113,36 @@ def scan_step(
     return y.to(x_BHP.dtype) + x_BHP * d_H[:, None]
 
 
+def scan_states(
+    x_BLHP: torch.Tensor,
+    dt_BLH: torch.Tensor,
+    a_H: torch.Tensor,
+    b_BLGN: torch.Tensor,
+    c_BLGN: torch.Tensor,
+    d_H: torch.Tensor,
+    state_BHPN: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A few tokens, none of which is final: y (B, L, H, P) and the state after each, (L, B, H, P, N)."""
+    batch, length, heads, head_dim = x_BLHP.shape
+    groups, size = b_BLGN.shape[2:]
+    split = (batch, length, groups, heads // groups)
+    x, dt, b, c = (part.to(state_BHPN.dtype) for part in (x_BLHP, dt_BLH, b_BLGN, c_BLGN))
+    decay = (dt * a_H).exp().view(*split, 1, 1).to(state_BHPN.dtype)
+    dx = (x * dt[..., None]).view(*split, head_dim, 1)
+    states = (dx * b[:, :, :, None, None]).transpose(0, 1).contiguous()
+    before = state_BHPN.view(batch, groups, heads // groups, head_dim, size)
+    for step in range(length):
+        before = states[step].addcmul_(before, decay[:, step])
+    y = (states.transpose(0, 1) @ c[:, :, :, None, :, None]).reshape(batch, length, heads, head_dim)
+    return y.to(x_BLHP.dtype) + x_BLHP * d_H[:, None], states.view(length, batch, heads, head_dim, size)
+
+
+def short_conv(window_BXW: torch.Tensor, weight_XK: torch.Tensor, bias_X: torch.Tensor) -> torch.Tensor:
+    """The causal convolution, then SiLU, of the last W - K + 1 places of a short window; cheaper than `conv1d`."""
+    seen_BXLK = window_BXW.unfold(-1, weight_XK.shape[1], 1)
+    return F.silu((seen_BXLK * weight_XK[:, None]).sum(-1) + bias_X[:, None])
+
+
 def causal_conv(
     x_BLX: torch.Tensor, weight_XK: torch.Tensor, bias_X: torch.Tensor, document_BL: torch.Tensor
 ) -> torch.Tensor:

@@ -63,6 +63,8 @@ def insert_mamba(dense: PreTrainedModel, every: int = 1, seed: int = 0, **overri
             layer.mixer.out_proj.weight.zero_()
     if dense.can_generate():
         hybrid.generation_config = copy.deepcopy(dense.generation_config)
+        # Marked as derived, a saved generation config would lose `width` and the like when it is loaded.
+        hybrid.generation_config._from_model_config = False
     return hybrid.to(dense.device).train(dense.training)
 
 

@@ -131,6 +131,19 @@ class GameSettings:
     opponents: tuple[str, ...] = ("perfect", "random")
 
 
+def task_rows(name: str, count: int, games: GameSettings, first_seed: int = 0) -> list[dict]:
+    """Held-out instances of a task; of tic-tac-toe `count` for each opponent, half of them on each side."""
+    if name != "tic_tac_toe":
+        settings = games.settings.get(name, {})
+        return [TASKS[name].prompt(seed, "test", **settings) for seed in range(first_seed, first_seed + count)]
+    rows = []
+    for opponent, mark in itertools.product(games.opponents, ("X", "O")):
+        settings = {"opponent": opponent, "mark": mark, "random_start_fraction": 0.0}
+        seeds = range(first_seed, first_seed + count // 2)
+        rows += [TASKS[name].prompt(seed, "test", **settings) for seed in seeds]
+    return rows
+
+
 def play_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, games: GameSettings, **generate_kwargs
 ) -> dict[str, float]:
@@ -138,14 +151,7 @@ def play_tasks(
     empty board."""
     metrics: dict[str, float] = {}
     for name, count in games.num_episodes.items():
-        rows = []
-        if name == "tic_tac_toe":
-            for opponent, mark in itertools.product(games.opponents, ("X", "O")):
-                settings = {"opponent": opponent, "mark": mark, "random_start_fraction": 0.0}
-                rows += [TASKS[name].prompt(seed, "test", **settings) for seed in range(count // 2)]
-        else:
-            settings = games.settings.get(name, {})
-            rows = [TASKS[name].prompt(seed, "test", **settings) for seed in range(count)]
+        rows = task_rows(name, count, games)
         episodes = play(
             model,
             tokenizer,
