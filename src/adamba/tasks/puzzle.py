@@ -48,9 +48,7 @@ class PuzzleEnvironment:
 
     @property
     def _done(self) -> bool:
-        return (
-            self._is_solved() or self._illegal_calls >= MAX_ILLEGAL_CALLS or self._valid_calls >= self._max_calls
-        )
+        return self._is_solved() or self._illegal_calls >= MAX_ILLEGAL_CALLS or self._valid_calls >= self._max_calls
 
     def _accept(self, work: int, good: bool) -> str:
         """Count a call that changed the board (already changed) and describe it."""
@@ -130,10 +128,14 @@ def preference_pair(
     while not environment._done:
         best, rejected = environment._solver_argument(), worse(environment, rng)
         if rejected is not None:
-            pairs.append((list(messages), tool_call(tool, **{argument: best}), tool_call(tool, **{argument: rejected})))
+            pairs.append(
+                (list(messages), tool_call(tool, **{argument: best}), tool_call(tool, **{argument: rejected}))
+            )
         answer = getattr(environment, tool)(**{argument: best})
         messages += [tool_call(tool, **{argument: best}), {"role": "tool", "name": tool, "content": answer}]
     if not pairs:
-        raise UserError(f"settings of task {task}: a game without any worse call than the solver's; widen the settings")
+        raise UserError(
+            f"settings of task {task}: a game without any worse call than the solver's; widen the settings"
+        )
     history, chosen, rejected_call = rng.choice(pairs)
     return {"prompt": history, "chosen": [chosen], "rejected": [rejected_call]}

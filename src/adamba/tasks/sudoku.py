@@ -92,10 +92,10 @@ class SudokuEnvironment(PuzzleEnvironment):
         if len(parts) > self._cells_per_call:
             return self._refuse("Too many cells.")
         size, grid, good = size_of(self._grid), self._grid, True
-        for row, column, digit in parts:
-            if max(row, column, digit) > str(size):
+        for part in parts:
+            if max(part) > str(size):
                 return self._refuse("Not cells.")
-            cell = (int(row) - 1) * size + int(column) - 1
+            cell, digit = (int(part[0]) - 1) * size + int(part[1]) - 1, part[2]
             if self._puzzle[cell] != EMPTY:
                 return self._refuse("A given cell.")
             if grid[cell] == digit:
@@ -176,6 +176,4 @@ def _schemas() -> list[dict]:
     return list(_cached_schemas())
 
 
-SUDOKU = Task(
-    name=NAME, environments={NAME: SudokuEnvironment}, example=example, prompt=prompt, preference=preference
-)
+SUDOKU = Task(name=NAME, environments={NAME: SudokuEnvironment}, example=example, prompt=prompt, preference=preference)

@@ -1,4 +1,4 @@
-"""Runs a model's Python code in a process of its own that can hurt nothing, within limits, and returns what it printed.
+"""Runs a model's Python code in a process of its own that can hurt nothing, within limits, and says what it printed.
 
 Two ways to isolate, the first that works here is taken (each is tried once, with code that attempts what is
 forbidden):

@@ -1,7 +1,7 @@
 """The process that runs a model's code: it gives up every right that the code does not need, then runs it.
 
-Started by `adamba.tools.sandbox` as `python -I -S sandbox_child.py <orders>` with the code on standard input; it prints
-a null character when the code starts. What of the orders cannot be carried out ends the process before that.
+Started by `adamba.tools.sandbox` as `python -I -S sandbox_child.py <orders>` with the code on standard input; prints a
+null character when the code starts. What of the orders cannot be carried out ends the process before that.
 Standard library only, and little of it: `json`, `signal` and `platform` would double the time that a start takes.
 
 After `lock_up` the process, and no right of it can be had back:
@@ -141,9 +141,7 @@ def restrict_files(readable: list[str], writable: str) -> None:
     network = 3 if abi >= 4 else 0  # bind and connect TCP
     scoped = 3 if abi >= 6 else 0  # abstract Unix sockets and signals stay inside
     rules = struct.pack("QQQ", handled, network, scoped)[: 24 if abi >= 6 else 16 if abi >= 4 else 8]
-    ruleset = call(
-        "landlock", libc.syscall(LANDLOCK_CALLS["create_ruleset"], rules, ctypes.c_size_t(len(rules)), 0)
-    )
+    ruleset = call("landlock", libc.syscall(LANDLOCK_CALLS["create_ruleset"], rules, ctypes.c_size_t(len(rules)), 0))
     own = READ_FILE | READ_DIR | WRITE_FILE | REMOVE_FILE | MAKE_REG | TRUNCATE
     for path, rights in [*((path, READ_FILE | READ_DIR) for path in readable), (writable, own)]:
         try:
