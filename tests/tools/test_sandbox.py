@@ -14,6 +14,7 @@ from adamba.tools import code_interpreter, sandbox
 from adamba.tools.code_interpreter import interpret
 from adamba.tools.sandbox import Backend, Limits, Result, find_backend, run_python
 
+PATIENT = Limits(wall_seconds=300.0, cpu_seconds=60, memory_bytes=256 * 2**20)  # for what must end by itself
 SHORT = Limits(wall_seconds=1.0, cpu_seconds=1, memory_bytes=256 * 2**20)
 try:
     find_backend()
@@ -32,7 +33,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Every backend that this machine has, not only the one that would be taken."""
     if ISOLATED:
         pytest.skip(ISOLATED)
-    probed = sandbox._run(f"OUTSIDE = {__file__!r}\n{sandbox.PROBE}", SHORT, request.param, "required")
+    probed = sandbox._run(f"OUTSIDE = {__file__!r}\n{sandbox.PROBE}", PATIENT, request.param, "required")
     if probed.output != "contained\n":
         pytest.skip(f"{request.param.name}: {probed.error}")
     monkeypatch.setattr(sandbox, "find_backend", lambda: request.param)
@@ -50,7 +51,7 @@ def nothing_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
     assert descriptors == (len(os.listdir("/proc/self/fd")) if descriptors else 0)
 
 
-def run(code: str, limits: Limits = SHORT) -> Result:
+def run(code: str, limits: Limits = PATIENT) -> Result:
     return run_python(code, limits)
 
 
@@ -96,7 +97,7 @@ def test_what_is_forbidden_is_refused(backend: Backend, name: str, tmp_path: Pat
     secret.write_text("secret")
     secret.chmod(0o644)
     code = REFUSED[name].format(secret=str(secret), parent=os.getpid())
-    result = run("print('begun', flush=True)\n" + code)
+    result = run("print('begun', flush=True)\n" + code, PATIENT)
     assert result.status == "failed" and result.output == "begun\n", result
     assert "Error" in result.error  # refused with an exception that the code, and the model, can read
     assert secret.read_text() == "secret" and secret.stat().st_mode & 0o777 == 0o644
@@ -120,7 +121,7 @@ ENDED = {
 @pytest.mark.parametrize("name", ENDED)
 def test_what_has_no_end_is_ended(backend: Backend, name: str) -> None:
     code, status = ENDED[name]
-    result = run(code)
+    result = run(code, SHORT)
     if name == "endless files" and backend.bwrap:  # its files are in a file system of their own, which fills up
         status = "time"
     assert result.status == status and "stopped after" in result.error or "stopped with" in result.error
@@ -129,14 +130,14 @@ def test_what_has_no_end_is_ended(backend: Backend, name: str) -> None:
 
 @isolated
 def test_processor_time_is_limited_apart_from_wall_time() -> None:
-    result = run("while True: pass", Limits(wall_seconds=60.0, cpu_seconds=1))
+    result = run("while True: pass", Limits(wall_seconds=300.0, cpu_seconds=1))
     assert result.status == "time" and result.error == "stopped after 1 seconds of processor time"
 
 
 @isolated
 def test_threads_are_bounded_by_memory() -> None:
     code = "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(9,), daemon=True).start()"
-    assert run(code).status in ("failed", "time")
+    assert run(code, SHORT).status in ("failed", "time")
 
 
 @isolated
@@ -179,7 +180,7 @@ def test_a_machine_without_isolation_refuses_in_one_line_unless_told(monkeypatch
             run_python("print(1)")
         assert "\n" not in str(error.value)
         assert interpret("print(1)", isolation="none") == "1"
-        assert run_python("x = bytearray(10 * 2**30)", SHORT, "none").error.endswith("MemoryError:")
+        assert run_python("x = bytearray(10 * 2**30)", PATIENT, "none").error.endswith("MemoryError:")
         assert run_python("import os\nos.fork()\nwhile True: pass", SHORT, "none").status == "time"
     finally:
         find_backend.cache_clear()

@@ -310,7 +310,10 @@ def _judge(status: str, returncode: int, output: str, error: str, limits: Limits
     }
     if status in reasons:
         return Result(status, output, reasons[status], seconds)
-    if returncode in (-signal.SIGXCPU, 128 + signal.SIGXCPU):
+    # The first limit of processor time sends SIGXCPU, the second, a second later, SIGKILL (the first process of
+    # bubblewrap hears only that).
+    by_kernel = returncode in (-signal.SIGKILL, 128 + signal.SIGKILL) and seconds > limits.cpu_seconds
+    if returncode in (-signal.SIGXCPU, 128 + signal.SIGXCPU) or by_kernel:
         return Result("time", output, f"stopped after {limits.cpu_seconds} seconds of processor time", seconds)
     if returncode < 0 or returncode > 128:
         number = -returncode if returncode < 0 else returncode - 128
