@@ -21,6 +21,9 @@ try:
 except UserError:  # this machine cannot isolate code, so what runs code is not played
     PLAYED = [task_id for task_id in TASKS if task_id not in ("code", "questions")]
 NEEDS_CALLS = [task_id for task_id in PLAYED if task_id != "questions"]  # a question may be answered at once
+QUICK = [
+    task_id for task_id in PLAYED if task_id != "code"
+]  # every submission starts a process; tests/tasks/test_code.py
 
 
 def run(row: dict, turns: Completion) -> tuple[Completion, Any]:
@@ -92,13 +95,11 @@ contents = st.one_of(
 )
 walks = st.text(alphabet="UDLR", min_size=1, max_size=4)
 cells = st.lists(st.integers(111, 449).map(str), min_size=1, max_size=4).map(" ".join)
-programs = st.sampled_from(["def solve(xs): return xs", "def solve(xs): return 0", "raise SystemExit", "x = ("])
 calls = st.one_of(
     st.builds(lambda cell: tool_call("play", cell=cell), st.one_of(st.integers(-1, 11), st.text(max_size=2))),
     st.builds(lambda text: tool_call("calculator", expression=text), st.sampled_from(["1 + 1", "1 / 0", "x", ""])),
     st.builds(lambda moves: tool_call("move", moves=moves), st.one_of(walks, st.text(max_size=5), st.none())),
     st.builds(lambda cells: tool_call("fill", cells=cells), st.one_of(cells, st.text(max_size=5), st.none())),
-    st.builds(lambda code: tool_call("submit", code=code), st.one_of(programs, st.none())),
     st.just(tool_call("code_interpreter", code=5)),
     st.just(tool_call("nothing")),
 )
@@ -108,7 +109,7 @@ any_turns = st.lists(
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from(PLAYED), st.integers(0, 10_000), any_turns)
+@given(st.sampled_from(QUICK), st.integers(0, 10_000), any_turns)
 def test_nothing_scores_above_the_solver(task_id: str, seed: int, turns: Completion) -> None:
     row = TASKS[task_id].prompt(seed, "train")
     turns = [turn | {"content": row["prompt"][0]["content"]} if turn["content"] == "COPY" else turn for turn in turns]
@@ -117,7 +118,12 @@ def test_nothing_scores_above_the_solver(task_id: str, seed: int, turns: Complet
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(NEEDS_CALLS), st.integers(0, 10_000), st.integers(1, 12), st.randoms())
+@given(
+    st.sampled_from([name for name in QUICK if name in NEEDS_CALLS]),
+    st.integers(0, 10_000),
+    st.integers(1, 12),
+    st.randoms(),
+)
 def test_more_calls_or_fewer_never_pay(task_id: str, seed: int, count: int, rng: random.Random) -> None:
     row, turns = solver_turns(task_id, seed)
     solver = sum(rewards_of(row, turns).values())
