@@ -32,7 +32,7 @@ def call(environment, name: str, value: object) -> str:
     return getattr(environment, tool)(**{argument: value})
 
 
-@pytest.mark.parametrize(("name", "harder"), itertools.product(PUZZLES, (False, True)))
+@pytest.mark.parametrize(("name", "harder"), list(itertools.product(PUZZLES, (False, True))))
 def test_the_solver_solves_with_least_work_and_scores_one(name: str, harder: bool) -> None:
     settings = HARDER[name] if harder else {}
     for seed in range(10 if harder else 50):
