@@ -2,7 +2,10 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,6 +135,37 @@ def test_what_has_no_end_is_ended(backend: Backend, name: str) -> None:
 def test_processor_time_is_limited_apart_from_wall_time() -> None:
     result = run("while True: pass", Limits(wall_seconds=300.0, cpu_seconds=1))
     assert result.status == "time" and result.error == "stopped after 1 seconds of processor time"
+
+
+def test_code_dies_with_the_process_that_started_it(backend: Backend) -> None:
+    options = f"bwrap={backend.bwrap!r}, namespaces={backend.namespaces}"
+    program = (
+        "from adamba.tools.sandbox import Backend, Limits, _run\n"
+        f"_run('import time\\ntime.sleep(1000)', Limits(wall_seconds=1000.0), Backend('b', {options}), 'required')"
+    )
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    watched: list[psutil.Process] = []
+    try:
+        while not watched and trainer.poll() is None:
+            watched = psutil.Process(trainer.pid).children(recursive=True)
+            time.sleep(0.01)
+    finally:
+        trainer.kill()
+        trainer.wait()
+    deadline = time.monotonic() + 120
+    while not all(map(has_ended, watched)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert watched and all(map(has_ended, watched))
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Gone, or waiting for whoever inherits orphans here to notice."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 @isolated

@@ -29,7 +29,7 @@ MAX_RUNS = 4
 FAILED_SUBMISSION_PENALTY = 0.1
 MAX_PARTIAL_CREDIT = 0.2
 SOLVED, NOT_SOLVED = "Solved.", "Not solved."
-LIMITS = Limits(wall_seconds=3.0, cpu_seconds=2)
+LIMITS = Limits(wall_seconds=10.0, cpu_seconds=2)  # wall time is generous: the machine may be busy training
 
 # What follows the model's code: each result as JSON, the last line of the output.
 HARNESS = """
@@ -78,14 +78,16 @@ class CodeEnvironment:
     def __init__(self) -> None:
         self._begin("", [], [], "required")
 
-    def reset(self, specification: str, inputs: str, expected: str, isolation: Isolation, **row: object) -> None:
+    def reset(
+        self, specification: str, test_inputs: str, test_results: str, isolation: Isolation, **row: object
+    ) -> None:
         """Start the problem of a `prompt` row; the prompt is complete, so nothing is added to it.
 
         Raises:
             UserError: isolation is required and this machine has none.
         """
         require(isolation)
-        self._begin(specification, json.loads(inputs), json.loads(expected), isolation)
+        self._begin(specification, json.loads(test_inputs), json.loads(test_results), isolation)
 
     def _begin(self, specification: str, inputs: list, expected: list, isolation: Isolation) -> None:
         self._specification, self._inputs, self._expected, self._isolation = specification, inputs, expected, isolation
@@ -199,8 +201,8 @@ def prompt(seed: int, split: Split, **settings: object) -> Row:
         "seed": seed,
         "split": split,
         "specification": text,
-        "inputs": json.dumps(instance.inputs),
-        "expected": json.dumps([specification.function(xs) for xs in instance.inputs]),
+        "test_inputs": json.dumps(instance.inputs),
+        "test_results": json.dumps([specification.function(xs) for xs in instance.inputs]),
         "isolation": config.isolation,
     }
 

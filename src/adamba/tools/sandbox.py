@@ -35,7 +35,7 @@ from adamba.tools.sandbox_child import REFUSED
 Isolation = Literal["required", "none"]
 CHILD = Path(__file__).with_name("sandbox_child.py")
 POLL_SECONDS = 0.05
-START_SECONDS = 30.0  # for the interpreter to start, on a machine that is busy
+START_SECONDS = 120.0  # for the interpreter to start, on a machine that is busy
 INSIDE = "/sandbox"  # the scratch folder as bubblewrap shows it
 
 # Tries everything that must be refused; prints `contained` only if all of it is.

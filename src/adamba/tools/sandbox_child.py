@@ -215,17 +215,26 @@ def filter_system_calls() -> None:
     call("seccomp", prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(address)))
 
 
+def die_with_parent(parent: int) -> None:
+    """Be killed when the process that started this one ends; `parent` is its number, 0 where it is not visible.
+
+    Raises:
+        CannotIsolate: it has ended already.
+    """
+    call("prctl", prctl(PR_SET_PDEATHSIG, SIGKILL))
+    if parent and os.getppid() != parent:
+        raise CannotIsolate(errno.ESRCH, "the process that started this one is gone")
+
+
 def lock_up(orders: dict) -> None:
     """Carry out the orders, in the order in which each is still allowed.
 
     Raises:
         CannotIsolate: the kernel does not have what an order needs.
     """
-    call("prctl", prctl(PR_SET_PDEATHSIG, SIGKILL))
-    if orders["parent"] and os.getppid() != orders["parent"]:
-        raise CannotIsolate(errno.ESRCH, "the process that started this one is gone")
     set_limits(orders["limits"])
     if orders["isolation"] == "none":
+        die_with_parent(orders["parent"])
         return
     if orders["namespaces"]:
         enter_namespaces()
@@ -233,6 +242,7 @@ def lock_up(orders: dict) -> None:
     drop_capabilities()
     if orders["landlock"]:
         restrict_files(orders["readable"], os.getcwd())
+    die_with_parent(orders["parent"])  # late: the kernel forgets it when a process changes its user or rights
     filter_system_calls()
 
 
