@@ -16,7 +16,7 @@ from adamba.data.arguments import DataArguments
 from adamba.errors import UserError, user_errors
 from adamba.loading import ModelArguments, load_model_and_tokenizer
 from adamba.recipe import parse
-from adamba.rewards import select_rewards
+from adamba.rewards import REWARDS, select_rewards
 from adamba.tasks import ENVIRONMENTS
 from adamba.training.agent_rows import prompt_rows
 from adamba.training.lora import LoraArguments, merge_adapters, peft_config
@@ -32,7 +32,7 @@ class AgentConfig(GRPOConfig):
     trust_remote_code: bool = field(default=False, init=False)  # the key is ModelArguments'
     rewards: dict[str, float] = field(
         default_factory=lambda: {"correctness": 1.0, "format": 0.2},
-        metadata={"help": "Reward -> weight: correctness, format, tool_use, efficiency."},
+        metadata={"help": f"Reward -> weight: {', '.join(REWARDS)}."},
     )
     num_prompts: int = field(default=2048, metadata={"help": "Different instances to play."})
 

@@ -21,7 +21,9 @@ Speaker = Callable[[str], str]
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    texts = [json.dumps(task.example(seed, "train")) for task in TASKS.values() for seed in range(50)]
+    texts = [
+        json.dumps(TASKS[name].example(seed, "train")) for name in ("calculator", "tic_tac_toe") for seed in range(50)
+    ]
     return train_tokenizer(texts, vocab_size=512)
 
 
@@ -229,7 +231,7 @@ def test_a_turn_without_end_is_closed_and_a_full_context_ends_the_episode(
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
-    rows = [task.prompt(seed, "test") for task in TASKS.values() for seed in range(6)]
+    rows = [TASKS[name].prompt(seed, "test") for name in ("calculator", "tic_tac_toe") for seed in range(6)]
     episodes = play(model, tokenizer, rows, max_new_tokens=8, max_turns=3, batch_size=5)
     assert model.training
     for episode in episodes:

@@ -22,7 +22,7 @@ def played(row, score, text, **changes):
 def test_each_prompt_is_played_several_times():
     made = rows()
     assert len(made) == 6 and made[0] == made[2] != made[3]
-    assert {row["environment"] for row in rows(20, 1, dict.fromkeys(TASKS, 1.0))} == set(TASKS)
+    assert {row["environment"] for row in rows(100, 1, dict.fromkeys(TASKS, 1.0))} == set(TASKS)
     with pytest.raises(UserError, match="'pydoc_topics' is no task"):
         rows(mix={"pydoc_topics": 1.0})
 

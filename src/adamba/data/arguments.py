@@ -6,6 +6,8 @@ from typing import Any, Literal
 from adamba.data.mixture import parse_mix
 from adamba.errors import UserError
 
+TASKS_OF_FILES = {"questions"}  # tasks whose instances are read from the user's file: its setting `data_file`
+
 
 @dataclass
 class DataArguments:
@@ -31,6 +33,10 @@ class DataArguments:
             self.mix = parse_mix(self.mix)
         except ValueError as error:
             raise UserError(str(error)) from None
+        for name in TASKS_OF_FILES & self.data_files.keys():
+            settings = self.task_settings.get(name, {})
+            self.task_settings = self.task_settings | {name: settings | {"data_file": self.data_files[name]}}
+        self.data_files = {name: path for name, path in self.data_files.items() if name not in TASKS_OF_FILES}
 
     def mixture_options(self, split: str, **more) -> dict[str, Any]:
         """Keyword arguments of `load_mixture`."""

@@ -10,12 +10,16 @@ from adamba.errors import UserError
 from adamba.rewards.correctness import correctness
 from adamba.rewards.efficiency import efficiency
 from adamba.rewards.format import format_reward
+from adamba.rewards.tool_calls import tool_argument_names, tool_argument_values, tool_name
 from adamba.rewards.tool_use import tool_use
 
 REWARDS: dict[str, Callable[..., list[float]]] = {
     "correctness": correctness,
     "format": format_reward,
     "tool_use": tool_use,
+    "tool_name": tool_name,
+    "tool_argument_names": tool_argument_names,
+    "tool_argument_values": tool_argument_values,
     "efficiency": efficiency,
 }
 
@@ -34,4 +38,14 @@ def select_rewards(weights: Mapping[str, float]) -> tuple[list[Callable[..., lis
     return [REWARDS[name] for name in weights], [float(weight) for weight in weights.values()]
 
 
-__all__ = ["REWARDS", "correctness", "efficiency", "format_reward", "select_rewards", "tool_use"]
+__all__ = [
+    "REWARDS",
+    "correctness",
+    "efficiency",
+    "format_reward",
+    "select_rewards",
+    "tool_argument_names",
+    "tool_argument_values",
+    "tool_name",
+    "tool_use",
+]

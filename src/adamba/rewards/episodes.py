@@ -37,3 +37,11 @@ def num_calls(completion: Completion) -> int:
     """Tool calls of an episode, those that could not be read as calls included."""
     turns = assistant_turns(completion)
     return sum(len(turn.get("tool_calls") or ()) + (turn.get("content") or "").count("<tool_call>") for turn in turns)
+
+
+def share_of_calls(right: float, completion: Completion, outcome: dict[str, float]) -> float:
+    """`right` calls, no more than the solver needs, out of all calls made or needed."""
+    needed = outcome["best_calls"]
+    made = max(num_calls(completion), outcome["valid_calls"] + outcome["invalid_calls"])
+    all_calls = max(made, needed)
+    return min(right, needed) / all_calls if all_calls else 1.0

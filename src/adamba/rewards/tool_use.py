@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from adamba.rewards.episodes import Completion, num_calls, outcomes
+from adamba.rewards.episodes import Completion, outcomes, share_of_calls
 
 
 def tool_use(
@@ -12,10 +12,7 @@ def tool_use(
 
     Too few calls, refused calls and repeated calls all lower it. A task without tools gives 1 for making no call.
     """
-    rewards = []
-    for completion, outcome in zip(completions, outcomes(completions, environments), strict=True):
-        needed = outcome["best_calls"]
-        made = max(num_calls(completion), outcome["valid_calls"] + outcome["invalid_calls"])
-        all_calls = max(made, needed)
-        rewards.append(min(outcome["valid_calls"], needed) / all_calls if all_calls else 1.0)
-    return rewards
+    return [
+        share_of_calls(outcome["valid_calls"], completion, outcome)
+        for completion, outcome in zip(completions, outcomes(completions, environments), strict=True)
+    ]

@@ -178,6 +178,7 @@ class TicTacToeEnvironment:
             "illegal_moves": float(self._illegal_moves),
             "valid_calls": float(self._legal_moves),
             "invalid_calls": float(self._illegal_moves + self._calls_after_end),
+            "good_calls": float(self._safe_moves),
             "best_calls": float(self._legal_moves if is_over(self._board) else 5),
         }
 
