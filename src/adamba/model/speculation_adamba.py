@@ -77,7 +77,8 @@ def speculative_decode(
         start = row.input_ids.shape[1] - 1  # the place of the newest token, the only one not yet in the cache
         chosen = policy.choose()
         layer = row.last_layer if chosen is None else chosen.layer
-        prefix, hidden, drafts, judged = row.input_ids, [], [], []
+        hidden: list[torch.Tensor] = []
+        prefix, drafts, judged = row.input_ids, [], []
         standing = 1.0  # the chance that the whole draft so far is right
         while True:
             hidden.append(row.run(row.embed(prefix[:, -1:]), start + len(hidden), range(layer + 1)))
