@@ -7,19 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adamba.errors import UserError
 from adamba.rewards import REWARDS, correctness, select_rewards
 from adamba.tasks import TASKS
 from adamba.tasks.task import tool_call
-from adamba.tools.sandbox import find_backend
+from isolation import NO_ISOLATION
 
 Completion = list[dict[str, Any]]
 
-try:
-    find_backend()
-    PLAYED = list(TASKS)
-except UserError:  # this machine cannot isolate code, so what runs code is not played
-    PLAYED = [task_id for task_id in TASKS if task_id not in ("code", "questions")]
+RUN_CODE = ("code", "questions")  # not played where code cannot be isolated
+PLAYED = [task_id for task_id in TASKS if not NO_ISOLATION or task_id not in RUN_CODE]
 NEEDS_CALLS = [task_id for task_id in PLAYED if task_id != "questions"]  # a question may be answered at once
 QUICK = [
     task_id for task_id in PLAYED if task_id != "code"

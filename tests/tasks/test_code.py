@@ -10,15 +10,9 @@ from adamba.tasks import TASKS
 from adamba.tasks.code_rules import random_inputs, random_specification
 from adamba.tasks.code_task import HARNESS, CodeEnvironment, run_tests
 from adamba.tools import code_interpreter
-from adamba.tools.sandbox import find_backend
+from isolation import isolated
 
 TASK = TASKS["code"]
-try:
-    find_backend()
-    ISOLATED = ""
-except UserError as error:
-    ISOLATED = str(error)
-isolated = pytest.mark.skipif(bool(ISOLATED), reason=ISOLATED)
 
 
 def environment_of(seed: int) -> CodeEnvironment:

@@ -16,15 +16,10 @@ from adamba.errors import UserError
 from adamba.tools import code_interpreter, sandbox
 from adamba.tools.code_interpreter import interpret
 from adamba.tools.sandbox import Backend, Limits, Result, find_backend, run_python
+from isolation import NO_ISOLATION, isolated
 
 PATIENT = Limits(wall_seconds=300.0, cpu_seconds=60, memory_bytes=256 * 2**20)  # for what must end by itself
 SHORT = Limits(wall_seconds=1.0, cpu_seconds=1, memory_bytes=256 * 2**20)
-try:
-    find_backend()
-    ISOLATED = ""
-except UserError as error:
-    ISOLATED = str(error)
-isolated = pytest.mark.skipif(bool(ISOLATED), reason=ISOLATED)
 
 BACKENDS = [Backend("kernel with namespaces", namespaces=True), Backend("kernel")]
 if shutil.which("bwrap"):
@@ -34,8 +29,8 @@ if shutil.which("bwrap"):
 @pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """Every backend that this machine has, not only the one that would be taken."""
-    if ISOLATED:
-        pytest.skip(ISOLATED)
+    if NO_ISOLATION:
+        pytest.skip(NO_ISOLATION)
     probed = sandbox._run(f"OUTSIDE = {__file__!r}\n{sandbox.PROBE}", PATIENT, request.param, "required")
     if probed.output != "contained\n":
         pytest.skip(f"{request.param.name}: {probed.error}")

@@ -8,7 +8,7 @@ With `tool_free: true` the assistant answers at once.
 import random
 import re
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 
 from adamba.errors import UserError
 from adamba.tasks.expressions import OPERATORS, Tree, random_tree, symbols, value, words
@@ -162,7 +162,10 @@ def example(seed: int, split: Split, **settings: object) -> Row:
     last: Message = {"role": "assistant", "content": final_answer(expression, answer)}
     if row["environment"] == TOOL_FREE_NAME:
         return {"messages": [*row["prompt"], last], "tools": []}
-    return {"messages": [*row["prompt"], *_call_and_result(expression, answer), last], "tools": _schemas()}
+    return {
+        "messages": [*row["prompt"], *_call_and_result(expression, answer), last],
+        "tools": tool_schemas(CalculatorEnvironment),
+    }
 
 
 def preference(seed: int, split: Split, **settings: object) -> Row:
@@ -173,13 +176,18 @@ def preference(seed: int, split: Split, **settings: object) -> Row:
     if not tool_free and rng.random() < 0.5:
         chosen = tool_call("calculator", expression=expression)
         rejected = tool_call("calculator", expression=_change_digit(expression, rng))
-        return {"prompt": row["prompt"], "chosen": [chosen], "rejected": [rejected], "tools": _schemas()}
+        return {
+            "prompt": row["prompt"],
+            "chosen": [chosen],
+            "rejected": [rejected],
+            "tools": tool_schemas(CalculatorEnvironment),
+        }
     history = [] if tool_free else _call_and_result(expression, answer)
     return {
         "prompt": [*row["prompt"], *history],
         "chosen": [{"role": "assistant", "content": final_answer(expression, answer)}],
         "rejected": [{"role": "assistant", "content": final_answer(expression, _change_digit(answer, rng))}],
-        "tools": [] if tool_free else _schemas(),
+        "tools": [] if tool_free else tool_schemas(CalculatorEnvironment),
     }
 
 
@@ -211,15 +219,6 @@ def _change_digit(text: str, rng: random.Random) -> str:
     position = rng.choice([index for index, character in enumerate(text) if character.isdigit()])
     digit = rng.choice([digit for digit in "123456789" if digit != text[position]])
     return text[:position] + digit + text[position + 1 :]
-
-
-@lru_cache
-def _cached_schemas() -> tuple[dict, ...]:
-    return tuple(tool_schemas(CalculatorEnvironment))
-
-
-def _schemas() -> list[dict]:
-    return list(_cached_schemas())
 
 
 CALCULATOR = Task(

@@ -13,7 +13,6 @@ import json
 import random
 import secrets
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from adamba.errors import UserError
@@ -217,7 +216,7 @@ def example(seed: int, split: Split, **settings: object) -> Row:
         {"role": "tool", "name": "submit", "content": f"{count} of {count} tests pass. {SOLVED}"},
         {"role": "assistant", "content": SOLVED},
     ]
-    return {"messages": [*prompt(seed, split, **settings)["prompt"], *turns], "tools": _schemas()}
+    return {"messages": [*prompt(seed, split, **settings)["prompt"], *turns], "tools": tool_schemas(CodeEnvironment)}
 
 
 def preference(seed: int, split: Split, **settings: object) -> Row:
@@ -233,7 +232,7 @@ def preference(seed: int, split: Split, **settings: object) -> Row:
         "prompt": prompt(seed, split, **settings)["prompt"],
         "chosen": [tool_call("submit", code=right.solution)],
         "rejected": [tool_call("submit", code=other.solution)],
-        "tools": _schemas(),
+        "tools": tool_schemas(CodeEnvironment),
     }
 
 
@@ -249,15 +248,6 @@ def _draw(rng: random.Random, config: CodeSettings) -> Instance | None:
     if len(set(results)) < len(results) // 2 or results == [json.dumps(xs) for xs in inputs]:
         return None
     return Instance(specification, shown, inputs)
-
-
-@lru_cache
-def _cached_schemas() -> tuple[dict, ...]:
-    return tuple(tool_schemas(CodeEnvironment))
-
-
-def _schemas() -> list[dict]:
-    return list(_cached_schemas())
 
 
 CODE = Task(name=NAME, environments={NAME: CodeEnvironment}, example=example, prompt=prompt, preference=preference)

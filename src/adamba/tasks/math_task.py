@@ -8,7 +8,6 @@
 import random
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 
 from adamba.errors import UserError
 from adamba.tasks.calculator import CalculatorEnvironment
@@ -87,7 +86,10 @@ def example(seed: int, split: Split, **settings: object) -> Row:
     """One conversation as the solver holds it."""
     row = prompt(seed, split, **settings)
     last = {"role": "assistant", "content": f"Answer: {row['answer']}"}
-    return {"messages": [*row["prompt"], *_call_and_result(row["expression"]), last], "tools": _schemas()}
+    return {
+        "messages": [*row["prompt"], *_call_and_result(row["expression"]), last],
+        "tools": tool_schemas(MathEnvironment),
+    }
 
 
 def preference(seed: int, split: Split, **settings: object) -> Row:
@@ -104,13 +106,13 @@ def preference(seed: int, split: Split, **settings: object) -> Row:
             "prompt": row["prompt"],
             "chosen": [tool_call("calculator", expression=row["expression"])],
             "rejected": [tool_call("calculator", expression=wrong)],
-            "tools": _schemas(),
+            "tools": tool_schemas(MathEnvironment),
         }
     return {
         "prompt": [*row["prompt"], *_call_and_result(row["expression"])],
         "chosen": [{"role": "assistant", "content": f"Answer: {row['answer']}"}],
         "rejected": [{"role": "assistant", "content": f"Answer: {int(row['answer']) + off}"}],
-        "tools": _schemas(),
+        "tools": tool_schemas(MathEnvironment),
     }
 
 
@@ -128,15 +130,6 @@ def _call_and_result(expression: str) -> list[Message]:
         tool_call("calculator", expression=expression),
         {"role": "tool", "name": "calculator", "content": calculator(expression)},
     ]
-
-
-@lru_cache
-def _cached_schemas() -> tuple[dict, ...]:
-    return tuple(tool_schemas(MathEnvironment))
-
-
-def _schemas() -> list[dict]:
-    return list(_cached_schemas())
 
 
 MATH = Task(name=NAME, environments={NAME: MathEnvironment}, example=example, prompt=prompt, preference=preference)

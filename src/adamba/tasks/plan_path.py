@@ -9,7 +9,6 @@ The solver walks the shortest way, always the same one in a position.
 
 import random
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from adamba.errors import UserError
@@ -24,8 +23,8 @@ from adamba.tasks.plan_path_rules import (
     solver_walk,
     walk,
 )
-from adamba.tasks.puzzle import PuzzleEnvironment, preference_pair, solved_messages
-from adamba.tasks.task import Row, Split, Task, draw_instance, settings_from, tool_schemas
+from adamba.tasks.puzzle import PuzzleEnvironment, puzzle_task
+from adamba.tasks.task import Row, Split, draw_instance, settings_from
 
 NAME = "plan_path"
 PHRASING = "Path: take @ to G, at most {} moves a call.\n{}"
@@ -65,6 +64,8 @@ class PlanPathSettings:
 
 class PlanPathEnvironment(PuzzleEnvironment):
     """One walk."""
+
+    _tool = ("move", "moves")
 
     def __init__(self) -> None:
         self.reset(grid="@G", moves_per_call=1)
@@ -125,27 +126,13 @@ def prompt(seed: int, split: Split, **settings: object) -> Row:
     }
 
 
-def example(seed: int, split: Split, **settings: object) -> Row:
-    """One walk as the solver takes it."""
-    row = prompt(seed, split, **settings)
-    return {"messages": solved_messages(PlanPathEnvironment(), "move", "moves", row), "tools": _schemas()}
-
-
-def preference(seed: int, split: Split, **settings: object) -> Row:
-    """The solver's moves against as many that lead nowhere or into a block, at a random turn of its walk."""
-    row = prompt(seed, split, **settings)
-    rng = random.Random(f"{NAME}/preference/{split}/{seed}")
-    pair = preference_pair(PlanPathEnvironment(), "move", "moves", row, rng, _worse_moves, NAME)
-    return pair | {"tools": _schemas()}
-
-
 def _draw(rng: random.Random, config: PlanPathSettings) -> str | None:
     grid, start, goal = random_grid(rng, config.size, config.block_ratio)
     steps = distances(grid, goal).get(start, 0)
     return show(grid, start, goal) if config.min_steps <= steps <= config.max_steps else None
 
 
-def _worse_moves(environment: Any, rng: random.Random) -> str | None:
+def _worse_moves(environment: Any, rng: random.Random) -> str:
     """As many moves as the solver makes here that do not come as near."""
     best = environment._solver_argument()
     while True:
@@ -155,15 +142,4 @@ def _worse_moves(environment: Any, rng: random.Random) -> str | None:
             return moves
 
 
-@lru_cache
-def _cached_schemas() -> tuple[dict, ...]:
-    return tuple(tool_schemas(PlanPathEnvironment))
-
-
-def _schemas() -> list[dict]:
-    return list(_cached_schemas())
-
-
-PLAN_PATH = Task(
-    name=NAME, environments={NAME: PlanPathEnvironment}, example=example, prompt=prompt, preference=preference
-)
+PLAN_PATH = puzzle_task(NAME, PlanPathEnvironment, prompt, _worse_moves)

@@ -5,11 +5,11 @@ several candidates, or several roles, can act from it. `_observation` is the sta
 """
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
-from adamba.errors import UserError
-from adamba.tasks.task import Message, Row, tool_call
+from adamba.tasks.task import Message, Row, Split, Task, tool_call, tool_schemas
 
 MAX_ILLEGAL_CALLS = 3
 ILLEGAL_CALL_PENALTY = 0.1
@@ -17,8 +17,11 @@ MAX_PROGRESS_CREDIT = 0.2  # an unsolved puzzle scores at most this
 SOLVED, NOT_SOLVED = "Solved.", "Not solved."
 
 
-class PuzzleEnvironment:
-    """Accounting of an episode. A puzzle adds `reset`, one tool, and the four methods below that raise."""
+class PuzzleEnvironment(ABC):
+    """Accounting of an episode. A puzzle adds `_tool`, its one tool with one argument, and the abstract methods."""
+
+    _tool: ClassVar[tuple[str, str]]  # its name and its argument's
+    reset: Callable[..., None]
 
     def _begin(self, best_calls: int, best_work: int) -> None:
         """Start counting; the solver needs `best_calls` calls and, in them, `best_work` moves or cells."""
@@ -31,20 +34,31 @@ class PuzzleEnvironment:
         self._illegal_calls = 0
         self._calls_after_end = 0
 
-    def _is_solved(self) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def _is_solved(self) -> bool: ...
 
+    @abstractmethod
     def _progress(self) -> float:
         """Share of the way done, 0 to 1: a function of the board alone, so that going in circles earns nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _observation(self) -> str:
         """The board as text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _solver_argument(self) -> str:
         """What the solver calls the tool with, always the same on the same board."""
-        raise NotImplementedError
+
+    def _call(self, value: str) -> Message:
+        name, argument = self._tool
+        return tool_call(name, **{argument: value})
+
+    def _solver_turn(self) -> list[Message]:
+        """Play the solver's call: the call and the tool's answer."""
+        name, argument = self._tool
+        value = self._solver_argument()
+        answer = getattr(self, name)(**{argument: value})
+        return [self._call(value), {"role": "tool", "name": name, "content": answer}]
 
     @property
     def _done(self) -> bool:
@@ -97,45 +111,48 @@ class PuzzleEnvironment:
         }
 
 
-def solved_messages(environment: PuzzleEnvironment, tool: str, argument: str, row: Row) -> list[Message]:
-    """The whole conversation as the solver holds it."""
-    environment.reset(**row)  # type: ignore[attr-defined]
-    messages: list[Message] = list(row["prompt"])
-    while not environment._done:
-        value = environment._solver_argument()
-        answer = getattr(environment, tool)(**{argument: value})
-        messages += [tool_call(tool, **{argument: value}), {"role": "tool", "name": tool, "content": answer}]
-    return [*messages, {"role": "assistant", "content": environment._result_text()}]
+def puzzle_task(
+    name: str,
+    environment_class: type[PuzzleEnvironment],
+    prompt: Callable[..., Row],
+    worse: Callable[[Any, random.Random], str],
+) -> Task:
+    """The task of a puzzle.
 
-
-def preference_pair(
-    environment: PuzzleEnvironment,
-    tool: str,
-    argument: str,
-    row: Row,
-    rng: random.Random,
-    worse: Callable[[Any, random.Random], str | None],
-    task: str,
-) -> Row:
-    """The solver's call against a worse one, `{"prompt", "chosen", "rejected"}`, at a random turn of its play.
-
-    Raises:
-        UserError: `worse` knows none at any turn.
+    Args:
+        worse: An argument that serves worse than the solver's, from the environment as it stands.
     """
-    environment.reset(**row)  # type: ignore[attr-defined]
-    messages: list[Message] = list(row["prompt"])
-    pairs = []
-    while not environment._done:
-        best, rejected = environment._solver_argument(), worse(environment, rng)
-        if rejected is not None:
-            pairs.append(
-                (list(messages), tool_call(tool, **{argument: best}), tool_call(tool, **{argument: rejected}))
-            )
-        answer = getattr(environment, tool)(**{argument: best})
-        messages += [tool_call(tool, **{argument: best}), {"role": "tool", "name": tool, "content": answer}]
-    if not pairs:
-        raise UserError(
-            f"settings of task {task}: a game without any worse call than the solver's; widen the settings"
-        )
-    history, chosen, rejected_call = rng.choice(pairs)
-    return {"prompt": history, "chosen": [chosen], "rejected": [rejected_call]}
+
+    def example(seed: int, split: Split, **settings: object) -> Row:
+        """One puzzle as the solver plays it."""
+        row = prompt(seed, split, **settings)
+        environment = environment_class()
+        environment.reset(**row)
+        messages: list[Message] = list(row["prompt"])
+        while not environment._done:
+            messages += environment._solver_turn()
+        messages.append({"role": "assistant", "content": environment._result_text()})
+        return {"messages": messages, "tools": tool_schemas(environment_class)}
+
+    def preference(seed: int, split: Split, **settings: object) -> Row:
+        """The solver's call against a worse one, at a random turn of its play."""
+        row = prompt(seed, split, **settings)
+        rng = random.Random(f"{name}/preference/{split}/{seed}")
+        environment = environment_class()
+        environment.reset(**row)
+        messages: list[Message] = list(row["prompt"])
+        pairs = []
+        while not environment._done:
+            rejected = environment._call(worse(environment, rng))
+            history = list(messages)
+            messages += environment._solver_turn()
+            pairs.append((history, messages[-2], rejected))
+        history, chosen, rejected = rng.choice(pairs)
+        return {
+            "prompt": history,
+            "chosen": [chosen],
+            "rejected": [rejected],
+            "tools": tool_schemas(environment_class),
+        }
+
+    return Task(name, {name: environment_class}, example, prompt, preference)

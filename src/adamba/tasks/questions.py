@@ -8,7 +8,6 @@ data_files: {questions: my_questions.json}      # [{"id": "1", "question": "…"
 
 import random
 from dataclasses import dataclass
-from functools import lru_cache
 
 from adamba.errors import UserError
 from adamba.tasks.grading import MARKER, answer_of, is_same_answer
@@ -156,13 +155,8 @@ def preference(seed: int, split: Split, **settings: object) -> Row:
     }
 
 
-@lru_cache
-def _cached_schemas() -> tuple[dict, ...]:
-    return tuple(tool_schemas(QuestionsEnvironment))
-
-
 def _tools(row: Row) -> list[dict]:
-    return [] if row["environment"] == TOOL_FREE_NAME else list(_cached_schemas())
+    return [] if row["environment"] == TOOL_FREE_NAME else tool_schemas(QuestionsEnvironment)
 
 
 QUESTIONS = Task(

@@ -9,13 +9,12 @@ Boards are solvable by construction and the solver's play has the fewest moves; 
 
 import random
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from adamba.errors import UserError
-from adamba.tasks.puzzle import PuzzleEnvironment, preference_pair, solved_messages
+from adamba.tasks.puzzle import PuzzleEnvironment, puzzle_task
 from adamba.tasks.sokoban_rules import DIRECTIONS, boxes_home, is_solved, num_boxes, play, random_board, solve
-from adamba.tasks.task import Row, Split, Task, draw_instance, settings_from, tool_schemas
+from adamba.tasks.task import Row, Split, draw_instance, settings_from
 
 NAME = "sokoban"
 PHRASING = "Sokoban: push every $ onto a . , at most {} moves a call.\n{}"
@@ -57,6 +56,8 @@ class SokobanSettings:
 
 class SokobanEnvironment(PuzzleEnvironment):
     """One board."""
+
+    _tool = ("move", "moves")
 
     def __init__(self) -> None:
         self.reset(board="#####\n#@$.#\n#####", best_moves=1, moves_per_call=1)
@@ -122,20 +123,6 @@ def prompt(seed: int, split: Split, **settings: object) -> Row:
     }
 
 
-def example(seed: int, split: Split, **settings: object) -> Row:
-    """One board as the solver plays it."""
-    row = prompt(seed, split, **settings)
-    return {"messages": solved_messages(SokobanEnvironment(), "move", "moves", row), "tools": _schemas()}
-
-
-def preference(seed: int, split: Split, **settings: object) -> Row:
-    """The solver's moves against as many that lead away or into a wall, at a random turn of its play."""
-    row = prompt(seed, split, **settings)
-    rng = random.Random(f"{NAME}/preference/{split}/{seed}")
-    pair = preference_pair(SokobanEnvironment(), "move", "moves", row, rng, _worse_moves, NAME)
-    return pair | {"tools": _schemas()}
-
-
 def _draw(rng: random.Random, config: SokobanSettings) -> str | None:
     board = random_board(rng, config.size, config.boxes, config.wall_ratio, pulls=rng.randint(4, 12 * config.size))
     if board is None:
@@ -144,7 +131,7 @@ def _draw(rng: random.Random, config: SokobanSettings) -> str | None:
     return board if solution is not None and config.min_moves <= len(solution) <= config.max_moves else None
 
 
-def _worse_moves(environment: Any, rng: random.Random) -> str | None:
+def _worse_moves(environment: Any, rng: random.Random) -> str:
     """As many moves as the solver makes here, after which it is farther from solved, if ever."""
     best, board = environment._solver_argument(), environment._board
     left = len(solve(board) or "") - len(best)
@@ -155,15 +142,4 @@ def _worse_moves(environment: Any, rng: random.Random) -> str | None:
             return moves
 
 
-@lru_cache
-def _cached_schemas() -> tuple[dict, ...]:
-    return tuple(tool_schemas(SokobanEnvironment))
-
-
-def _schemas() -> list[dict]:
-    return list(_cached_schemas())
-
-
-SOKOBAN = Task(
-    name=NAME, environments={NAME: SokobanEnvironment}, example=example, prompt=prompt, preference=preference
-)
+SOKOBAN = puzzle_task(NAME, SokobanEnvironment, prompt, _worse_moves)

@@ -10,11 +10,10 @@ Every puzzle has exactly one solution; givens cannot be changed.
 import random
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from adamba.errors import UserError
-from adamba.tasks.puzzle import PuzzleEnvironment, preference_pair, solved_messages
+from adamba.tasks.puzzle import PuzzleEnvironment, puzzle_task
 from adamba.tasks.sudoku_rules import (
     EMPTY,
     SIZES,
@@ -26,7 +25,7 @@ from adamba.tasks.sudoku_rules import (
     solution,
     solver_cells,
 )
-from adamba.tasks.task import Row, Split, Task, draw_instance, settings_from, tool_schemas
+from adamba.tasks.task import Row, Split, draw_instance, settings_from
 
 NAME = "sudoku"
 PHRASING = "Sudoku: fill every . , at most {} cells a call.\n{}"
@@ -65,6 +64,8 @@ class SudokuSettings:
 
 class SudokuEnvironment(PuzzleEnvironment):
     """One puzzle."""
+
+    _tool = ("fill", "cells")
 
     def __init__(self) -> None:
         self.reset(puzzle="1234341221434321"[:-1] + EMPTY, cells_per_call=1)
@@ -141,25 +142,12 @@ def prompt(seed: int, split: Split, **settings: object) -> Row:
     }
 
 
-def example(seed: int, split: Split, **settings: object) -> Row:
-    """One puzzle as the solver fills it."""
-    row = prompt(seed, split, **settings)
-    return {"messages": solved_messages(SudokuEnvironment(), "fill", "cells", row), "tools": _schemas()}
-
-
-def preference(seed: int, split: Split, **settings: object) -> Row:
-    """The solver's cells against the same cells with one wrong digit, at a random turn of its play."""
-    row = prompt(seed, split, **settings)
-    rng = random.Random(f"{NAME}/preference/{split}/{seed}")
-    pair = preference_pair(SudokuEnvironment(), "fill", "cells", row, rng, _worse_cells, NAME)
-    return pair | {"tools": _schemas()}
-
-
 def _draw(rng: random.Random, config: SudokuSettings) -> str | None:
     return random_puzzle(rng, config.size, rng.randint(config.min_blanks, config.max_blanks))
 
 
-def _worse_cells(environment: Any, rng: random.Random) -> str | None:
+def _worse_cells(environment: Any, rng: random.Random) -> str:
+    """The solver's cells with one wrong digit."""
     parts = environment._solver_argument().split()
     index = rng.randrange(len(parts))
     digits = "123456789"[: size_of(environment._grid)].replace(parts[index][2], "")
@@ -167,13 +155,4 @@ def _worse_cells(environment: Any, rng: random.Random) -> str | None:
     return " ".join(parts)
 
 
-@lru_cache
-def _cached_schemas() -> tuple[dict, ...]:
-    return tuple(tool_schemas(SudokuEnvironment))
-
-
-def _schemas() -> list[dict]:
-    return list(_cached_schemas())
-
-
-SUDOKU = Task(name=NAME, environments={NAME: SudokuEnvironment}, example=example, prompt=prompt, preference=preference)
+SUDOKU = puzzle_task(NAME, SudokuEnvironment, prompt, _worse_cells)

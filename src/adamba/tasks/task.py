@@ -5,6 +5,7 @@ import inspect
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 from transformers.utils import get_json_schema
@@ -56,7 +57,12 @@ def tool_methods(environment: Any) -> list[Callable[..., str]]:
 
 def tool_schemas(environment_class: type) -> list[dict]:
     """JSON schemas of the tools of an environment class: the very ones TRL renders during RL."""
-    return [get_json_schema(method) for method in tool_methods(environment_class())]
+    return list(_cached_schemas(environment_class))
+
+
+@lru_cache
+def _cached_schemas(environment_class: type) -> tuple[dict, ...]:
+    return tuple(get_json_schema(method) for method in tool_methods(environment_class()))
 
 
 def tool_call(name: str, **arguments: Any) -> Message:

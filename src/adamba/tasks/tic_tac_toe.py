@@ -9,7 +9,6 @@ position, against opponents of mixed strength, so every reachable position occur
 
 import random
 from dataclasses import dataclass
-from functools import lru_cache
 
 from adamba.errors import UserError
 from adamba.tasks.task import Message, Row, Split, Task, draw_instance, settings_from, tool_call, tool_schemas
@@ -199,7 +198,7 @@ def example(seed: int, split: Split, **settings: object) -> Row:
     while not environment._done:
         messages += _solver_turn(environment)
     messages.append({"role": "assistant", "content": RESULTS[environment._result()][1]})
-    return {"messages": messages, "tools": _schemas()}
+    return {"messages": messages, "tools": tool_schemas(TicTacToeEnvironment)}
 
 
 def preference(seed: int, split: Split, **settings: object) -> Row:
@@ -221,7 +220,12 @@ def preference(seed: int, split: Split, **settings: object) -> Row:
             messages += _solver_turn(environment)
         if pairs:
             history, best, worse = rng.choice(pairs)
-            return {"prompt": history, "chosen": [best], "rejected": [worse], "tools": _schemas()}
+            return {
+                "prompt": history,
+                "chosen": [best],
+                "rejected": [worse],
+                "tools": tool_schemas(TicTacToeEnvironment),
+            }
     raise UserError(f"settings of task {NAME}: no game with a possible blunder in 1000; widen the settings")
 
 
@@ -268,15 +272,6 @@ def _as_cell(cell: object) -> int:
     if isinstance(cell, str) and cell.strip() in set("123456789"):
         return int(cell)
     return cell if isinstance(cell, int) and not isinstance(cell, bool) else 0
-
-
-@lru_cache
-def _cached_schemas() -> tuple[dict, ...]:
-    return tuple(tool_schemas(TicTacToeEnvironment))
-
-
-def _schemas() -> list[dict]:
-    return list(_cached_schemas())
 
 
 TIC_TAC_TOE = Task(
