@@ -19,6 +19,7 @@ from adamba.recipe import parse
 from adamba.rewards import REWARDS, select_rewards
 from adamba.tasks import ENVIRONMENTS
 from adamba.training.agent_rows import prompt_rows
+from adamba.training.freezing import freeze_idle
 from adamba.training.lora import LoraArguments, merge_adapters, peft_config
 from adamba.training.session import finish, logger, measures, start, train
 
@@ -63,6 +64,7 @@ def main() -> None:
     environments = {name: ENVIRONMENTS[name] for name in rows.unique("environment")}
 
     model, tokenizer = load_model_and_tokenizer(model_args, training=True)
+    freeze_idle(model)
     trainer = GRPOTrainer(
         model=model,
         args=args,

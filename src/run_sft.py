@@ -12,6 +12,7 @@ from adamba.loading import ModelArguments, load_model_and_tokenizer
 from adamba.model import AdambaForCausalLM
 from adamba.recipe import parse
 from adamba.training.elastic import ElasticArguments
+from adamba.training.freezing import freeze_idle
 from adamba.training.lora import LoraArguments, merge_adapters, peft_config
 from adamba.training.session import finish, logger, measures, start, train
 from adamba.training.sft import MixSFTConfig, MixSFTTrainer, eval_datasets, evaluate_sources, token_rows
@@ -30,6 +31,7 @@ def main() -> None:
     model, tokenizer = load_model_and_tokenizer(model_args, data_args, training=True)
     if elastic_args.elastic and not isinstance(model, AdambaForCausalLM):
         raise UserError(f"elastic: needs a hybrid, but {model_args.model_name_or_path} is a {type(model).__name__}")
+    freeze_idle(model, elastic_args)
 
     trainer = MixSFTTrainer(
         model=model,
