@@ -28,7 +28,7 @@ def start(args: TrainingArguments, recipe: Recipe, inputs: Mapping[str, str]) ->
     setup_logging(is_main_process=args.process_index == 0)
     set_seed(args.seed)
     if args.ddp_find_unused_parameters is None:
-        # Every weight that learns has a gradient in every step (`freeze_idle`). Searching would also take a micro-batch
+        # Every weight that learns has a gradient in every step (`freeze_idle`). Searching would take a micro-batch
         # with several passes, and a router that runs beside them, for several steps.
         args.ddp_find_unused_parameters = False
     if not args.output_dir or args.output_dir == "trainer_output":
