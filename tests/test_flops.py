@@ -1,5 +1,5 @@
-"""The FLOP model against `torch.utils.flop_counter`, layer kinds, widths, frozen parts and elastic steps; its parameter
-counts against the model's own."""
+"""The FLOP model against `torch.utils.flop_counter`: layer kinds, widths, frozen parts and elastic steps; its
+parameter counts against the model's own."""
 
 import pytest
 import torch

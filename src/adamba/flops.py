@@ -135,6 +135,12 @@ def training_flops_per_token(config, context_length: int, train_only: str = "all
     return forward + backward + gradients + head
 
 
+def adapter_flops_per_token(config: AdambaConfig, context_length: int) -> float:
+    """A plain step on LoRA adapters: frozen weights pass gradients on; the adapters' own products are left out."""
+    layers = layer_work(config, None, context_length)
+    return sum(2 * work.weights + 3 * work.mixing for work in layers) + 2 * head_flops(config)
+
+
 def elastic_flops_per_token(
     config: AdambaConfig,
     context_length: int,
@@ -145,8 +151,9 @@ def elastic_flops_per_token(
     causal: bool = True,
 ) -> float:
     """
-    Forward and backward FLOPs a token of an elastic step (`adamba.training.elastic`), the mean over its draws: the full
-    width when `distill`, the sampled ones, an exit's head each, gates with every pass, the router with narrow ones.
+    Forward and backward FLOPs a token of an elastic step (`adamba.training.elastic`), the mean over its draws: the
+    full width when `distill`, the sampled ones, an exit's head each, gates with every pass, the router with narrow
+    ones.
     """
     names = list(config.width_levels)
     weights = [width_weights.get(name, 0.0) if width_weights else rank + 1.0 for rank, name in enumerate(names)]
@@ -220,3 +227,15 @@ def num_trained(config: AdambaConfig, train_only: str = "all") -> int:
     parts = num_parameters(config)
     names = parts if train_only == "all" else re.findall("mamba|gates", train_only)
     return sum(parts[name] for name in names)
+
+
+def num_adapter_parameters(config: AdambaConfig, rank: int) -> int:
+    """Parameters of LoRA adapters on every linear layer of a hybrid but its head, gates and router."""
+    total = 0
+    for width in config.attention_widths:
+        num_heads, num_kv_heads = config.heads_at(width)
+        units, query, key_value = config.units_at(width), num_heads * config.head_dim, num_kv_heads * config.head_dim
+        total += 2 * (width + query) + 2 * (width + key_value) + (2 + config.mlp_gated) * (width + units)
+    inner, states = config.mamba_inner_size, config.mamba_num_groups * config.mamba_state_size
+    mamba = config.hidden_size + 2 * inner + 2 * states + config.mamba_num_heads + inner + config.hidden_size
+    return rank * (total + (config.num_hidden_layers - config.num_attention_layers) * mamba)
