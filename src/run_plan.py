@@ -8,11 +8,11 @@ What a recipe family costs, before anything runs: tokens, FLOPs, hours, dollars 
 import argparse
 from pathlib import Path
 
-from adamba.budget.gpus import CPU, GPUS, find_gpu
 from adamba.budget.phases import read_plan
 from adamba.budget.price import ASSUMED_MFU, Machine
 from adamba.budget.table import print_plan
 from adamba.errors import UserError, user_errors
+from adamba.gpus import CPU, GPUS, find_gpu
 
 
 def arguments() -> argparse.Namespace:

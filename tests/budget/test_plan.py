@@ -11,12 +11,12 @@ import yaml
 
 import run_plan
 from adamba.budget import calibrate, sizes
-from adamba.budget.gpus import find_gpu
 from adamba.budget.memory import memory_gib
 from adamba.budget.phases import Launch, PlannedPhase, read_plan
 from adamba.budget.price import Machine, price_plan
 from adamba.errors import UserError
 from adamba.flops import layer_work, num_parameters
+from adamba.gpus import find_gpu
 from adamba.surgery import insert_mamba
 from adamba.surgery.expand import expanded_config
 from models import BASES, dense_base

@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from adamba.errors import UserError
 from adamba.flops import training_flops_per_token
+from adamba.gpus import CPU, Gpu, find_gpu
 from adamba.model import AdambaConfig, AdambaForCausalLM
 from adamba.training.elastic import ElasticArguments, Tally, draw, elastic_loss, token_losses
 from adamba.training.freezing import freeze_all_but
 
-from .gpus import CPU, Gpu, find_gpu
 from .phases import ELASTIC_KEYS, PlannedPhase
 
 WHOLE = 1e9  # a model above this many parameters is measured on its first layers

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .gpus import GPUS, Gpu
+from adamba.gpus import GPUS, Gpu
+
 from .memory import USABLE_FRACTION, memory_gib
 from .phases import PlannedPhase
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adamba.errors import UserError
+from adamba.gpus import CPU
 
-from .gpus import CPU
 from .memory import USABLE_FRACTION
 from .phases import PlannedPhase, read_plan
 from .price import DECODE_SECONDS_PER_LAYER, INSTEAD, Machine, PricedPhase, other_machines, price_plan

@@ -44,3 +44,11 @@ def find_gpu(name: str) -> Gpu:
     close = difflib.get_close_matches(name.lower(), [*GPUS, CPU], n=1)
     hint = f"did you mean {close[0]}?" if close else f"known: {', '.join([*GPUS, CPU])}"
     raise UserError(f"--gpu: {name!r} is unknown; {hint}")
+
+
+def rated_flops_per_second() -> float:
+    """Of this machine's first GPU, by its name; 0 without a GPU, or with one that is not in the table."""
+    import torch
+
+    name = torch.cuda.get_device_name().lower().replace(" ", "") if torch.cuda.is_available() else ""
+    return next((gpu.tflops * 1e12 for gpu in GPUS.values() if gpu.name in name), 0.0)
