@@ -1,4 +1,4 @@
-"""`max_hours` and `max_cost_usd`: a run stops before it crosses them, keeps a checkpoint, goes on once they are raised."""
+"""`max_hours` and `max_cost_usd`: a run stops before it crosses them and keeps a checkpoint."""
 
 import json
 from pathlib import Path
@@ -112,4 +112,4 @@ def test_caps_that_cannot_work_are_refused(make_trainer, settings, message) -> N
 def test_a_broken_record_is_named(tmp_path) -> None:
     (tmp_path / caps.SPENT_FILE).write_text("{")
     with pytest.raises(UserError, match=r"spent\.json: not what a run wrote"):
-        caps.spent_seconds(str(tmp_path))
+        caps.read_spent(str(tmp_path))

@@ -62,26 +62,28 @@ class SpendingCaps(TrainingArguments):
 
 def refuse_used_up(args: TrainingArguments) -> None:
     """
-    Before anything is loaded: has this run already used what it may?
+    Before anything is loaded: has this run already used what it may, so that its next step would be too much?
 
     Raises:
         UserError: yes; its checkpoint is kept.
     """
-    if isinstance(args, SpendingCaps) and (spent := spent_seconds(args.output_dir)) >= args.max_seconds:
+    if not isinstance(args, SpendingCaps):
+        return
+    spent, next_step = read_spent(args.output_dir)
+    if spent + next_step > args.max_seconds:
         raise UserError(f"{args.describe_cap(spent)}; raise it to go on from the checkpoint kept in {args.output_dir}")
 
 
-def spent_seconds(trainer_dir: str | None) -> float:
-    """What earlier starts of the run have used."""
+def read_spent(trainer_dir: str | None) -> tuple[float, float]:
+    """Seconds that earlier starts of the run have used, and those of a step."""
     file = Path(str(trainer_dir)) / SPENT_FILE
     if not file.is_file():
-        return 0.0
+        return 0.0, 0.0
     try:
-        return float(json.loads(file.read_text(encoding="utf-8"))["seconds"])
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return float(record["seconds"]), float(record["step_seconds"])
     except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{file}: not what a run wrote; give it as {{'seconds': <used so far>}}, or remove it"
-        ) from None
+        raise UserError(f"{file}: not what a run wrote; remove it to count from 0") from None
 
 
 class StopAtCap(TrainerCallback):
@@ -89,7 +91,7 @@ class StopAtCap(TrainerCallback):
 
     def __init__(self, args: SpendingCaps) -> None:
         self.args = args
-        self.before = spent_seconds(args.output_dir)
+        self.before, self.step_seconds = read_spent(args.output_dir)
         self.step_began = time.time()
         self.stopped: str | None = None
 
@@ -106,11 +108,11 @@ class StopAtCap(TrainerCallback):
         self.step_began = time.time()
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.step_seconds = time.time() - self.step_began
         if self.args.max_seconds == float("inf"):
             return control
-        next_step = time.time() - self.step_began
         used = self.seconds()
-        if used + next_step > self.args.max_seconds and state.global_step < state.max_steps:
+        if used + self.step_seconds > self.args.max_seconds and state.global_step < state.max_steps:
             self.stopped = self.args.describe_cap(used)
             control.should_save = control.should_log = control.should_training_stop = True
         return control
@@ -131,5 +133,6 @@ class StopAtCap(TrainerCallback):
             folder.mkdir(parents=True, exist_ok=True)
             used = self.before + time.time() - psutil.Process().create_time()
             aside = folder / f"{SPENT_FILE}.tmp"
-            aside.write_text(json.dumps({"seconds": round(used, 3)}) + "\n", encoding="utf-8")
+            record = {"seconds": round(used, 3), "step_seconds": round(self.step_seconds, 3)}
+            aside.write_text(json.dumps(record) + "\n", encoding="utf-8")
             os.replace(aside, folder / SPENT_FILE)
