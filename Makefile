@@ -145,6 +145,10 @@ chat: $(STAMP)  ## talk to CHECKPOINT=<folder> (default: the furthest phase) in 
 report: $(STAMP)  ## draw reports/<family>/report.html and report.json from all checkpoints of a family
 	$(OFFLINE) $(PY) src/run_report.py $(MEASURED) $(ARGS)
 
+.PHONY: plan
+plan: $(STAMP)  ## what RECIPES costs: tokens, FLOPs, hours, dollars, memory (ARGS="--gpu h100 --max-usd 500")
+	$(PY) src/run_plan.py $(RECIPES) $(if $(filter recipes recipes/,$(RECIPES)),--max-usd 1000) $(ARGS)
+
 .PHONY: bench
 bench: $(STAMP)  ## every measurement of bench/, one after another
 	@status=0; \
