@@ -154,7 +154,9 @@ def main() -> None:
     def write(folder: Path) -> None:
         """Straight into the folder that is published once it is complete and verified; else nothing stays of it."""
         try:
+            begun, cpu_begun = time.monotonic(), time.process_time()
             after = stream(surgery, before, weights, folder)
+            metrics.update(write_seconds=time.monotonic() - begun, write_cpu_seconds=time.process_time() - cpu_begun)
             attach(before, weights.as_dtype(torch.float32))
             finish(attach(empty_model(after.config), Weights(folder, torch.float32)))
         except BaseException:

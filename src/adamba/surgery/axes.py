@@ -93,7 +93,7 @@ def axis_sections(axis: str, config: AdambaConfig, width: int) -> list[int]:
 
 
 def shared_slices(axis: str, small: AdambaConfig, large: AdambaConfig, layer: int | None) -> list[tuple[slice, slice]]:
-    """Where the smaller model's axis sits in the larger model's, each section as (place in the smaller, in the larger)."""
+    """Where the smaller model's axis sits in the larger model's: each section's place in (the smaller, the larger)."""
     small_sections = axis_sections(axis, small, layer_width(small, layer))
     large_sections = axis_sections(axis, large, layer_width(large, layer))
     pairs, small_offset, large_offset = [], 0, 0

@@ -80,7 +80,9 @@ def expand_tensor(name: str, old: torch.Tensor, config: AdambaConfig, wide: Adam
             shape[dim] = sum(axis_sections(axis, wide, layer_width(wide, layer)))
             blocks.append(shared_slices(axis, config, wide, layer))
     fill = "zero" if name.endswith("lm_head.weight") and wide.tie_word_embeddings else role.fill
-    std = max(float(old.float().std()), 1e-4) if fill == "random" else 0.0
+    std = 0.0
+    if fill == "random":
+        std = max(float(torch.linalg.vector_norm(old, dtype=torch.float32)) / old.numel() ** 0.5, 1e-4)
     new = fresh_tensor(fill, shape, std, old.dtype, generator_for(name, seed))
     for block in itertools.product(*blocks):
         new[tuple(large for _, large in block)] = old[tuple(small for small, _ in block)]

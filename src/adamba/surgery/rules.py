@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from adamba.model import AdambaConfig, AdambaForCausalLM
 from adamba.model.mamba_adamba import init_decay, init_time_steps
 
+DRAWS = 2**18  # random numbers drawn at once; another value gives other numbers
+
 
 @dataclass(frozen=True)
 class Surgery:
@@ -69,13 +71,15 @@ def fresh_tensor(
     fill: str, shape: torch.Size | list[int], std: float, dtype: torch.dtype, generator: torch.Generator
 ) -> torch.Tensor:
     """Values for entries that the old model did not have: `axes.PARAMETER_ROLES` names the fill of each parameter."""
-    new = torch.zeros(shape, dtype=torch.float32)
+    if fill == "decay":
+        return init_decay(torch.empty(shape)).to(dtype)
+    if fill == "time_step":
+        return init_time_steps(torch.empty(shape), generator).to(dtype)
+    if fill == "one":
+        return torch.ones(shape, dtype=dtype)
+    new = torch.zeros(shape, dtype=dtype)
     if fill == "random":
-        new.normal_(0.0, std, generator=generator)
-    elif fill == "one":
-        new.fill_(1.0)
-    elif fill == "decay":
-        init_decay(new)
-    elif fill == "time_step":
-        init_time_steps(new, generator)
-    return new.to(dtype)
+        draws = torch.empty(DRAWS)  # a piece at a time: no copy of the whole in fp32
+        for part in new.view(-1).split(DRAWS):
+            part.copy_(draws[: len(part)].normal_(0.0, std, generator=generator))
+    return new

@@ -8,6 +8,8 @@ A streamed model has no weights of its own: accelerate's hooks fetch each module
 
 import copy
 import json
+import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -176,6 +178,11 @@ def stream(surgery: Surgery, before: PreTrainedModel, old: Weights, folder: Path
         attach(after, Operated(surgery, old, shapes, bar.update))
         if after.config.tie_word_embeddings:
             after.lm_head.weight = after.model.embed_tokens.weight  # the hooks parted them
-        after.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+            after.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # written, not only handed to the system: a power cut must not undo an hour
     remove_hook_from_submodules(after)
     return after
