@@ -151,6 +151,8 @@ def play_tasks(
     empty board."""
     metrics: dict[str, float] = {}
     for name, count in games.num_episodes.items():
+        if not count:
+            continue
         rows = task_rows(name, count, games)
         episodes = play(
             model,
