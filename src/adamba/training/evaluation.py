@@ -156,6 +156,8 @@ def play_tasks(
     state = PartialState()
     metrics: dict[str, float] = {}
     for name, count in games.num_episodes.items():
+        if not count:
+            continue
         rows = task_rows(name, count, games)
         episodes = play(
             model,

@@ -13,6 +13,7 @@ PARTS = {
     "all": r".",
     "mamba": r"\.layers\.\d+\.(norm|mixer)\.",
     "gates": r"\.(exit_gates|router)\.",
+    "router": r"\.router\.",
     "mamba_and_gates": r"\.layers\.\d+\.(norm|mixer)\.|\.(exit_gates|router)\.",
 }
 
