@@ -12,7 +12,7 @@ CHECKPOINT ?=
 ARGS ?=
 # A launcher that is given replaces the recipe's own and its accelerate config. On a CPU a recipe that names no config is
 # one process, which needs no launcher and starts seconds earlier without.
-PLAIN := $(if $(filter recipes/tiny recipes/agents,$(RECIPES)),python,accelerate launch --quiet)
+PLAIN := $(if $(filter recipes/tiny recipes/agents recipes/games,$(RECIPES)),python,accelerate launch --quiet)
 ifdef LAUNCH
 LAUNCHER := s|^\# *accelerate launch( --config_file [^ ]+)?|$(LAUNCH)|p
 else
@@ -128,6 +128,10 @@ phase6_grpo phase6_dpo: $(STAMP)
 .PHONY: agents
 agents: $(STAMP)  ## single-task agents from scratch (calculator, tic-tac-toe, both), each measured; resumes too
 	$(OFFLINE) $(PY) src/run_demo.py recipes/agents $(ARGS)
+
+.PHONY: games
+games: $(STAMP)  ## one agent against a team: SFT, GRPO, AT-GRPO with one policy and one a role, one table; resumes too
+	$(OFFLINE) $(PY) src/run_demo.py recipes/games $(ARGS)
 
 # Phases 5 and 6 are measured by the family's eval_agents.yaml where there is one, as `make demo` does.
 IS_AGENT := $(if $(CHECKPOINT),$(findstring phase5,$(CHECKPOINT))$(findstring phase6,$(CHECKPOINT)),default)
