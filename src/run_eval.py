@@ -11,7 +11,9 @@ import itertools
 import time
 from dataclasses import dataclass, field
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from adamba.data import load_mixture, pack_rows
 from adamba.data.arguments import DataArguments
@@ -61,7 +63,8 @@ class EvalArguments:
 def main() -> None:
     model_args, data_args, args, _ = parse(ModelArguments, DataArguments, EvalArguments)
     calibration = calibration_settings(args.calibrate)
-    state = PartialState()
+    # Without `cpu`, accelerate sees one process where several of gloo were launched.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()))
     setup_logging(state.is_main_process)
     started = time.monotonic()
     model, tokenizer = load_model_and_tokenizer(model_args)

@@ -50,7 +50,8 @@ def test_evaluation_shares_the_episodes(trained: Path, monkeypatch: pytest.Monke
     games = {"num_rows": 4, "exit_thresholds": [1.0], "num_episodes": {"calculator": 3, "tic_tac_toe": 2}}
     write_recipe(trained / "eval.yaml", DATA | games | {"max_new_tokens": 8})
     runner(monkeypatch)("run_eval.py", "eval.yaml", "--model_name_or_path", "one")
-    launch(trained, "run_eval.py", "eval.yaml", "--model_name_or_path", "two")
+    output = launch(trained, "run_eval.py", "eval.yaml", "--model_name_or_path", "two")
+    assert output.count("held-out loss") == 1, "two processes that know of each other have one that reports"
     one, two = (json.loads((trained / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert one.keys() == two.keys() and "loss_rate_tic_tac_toe_perfect" in two
     for key in one.keys() - {"eval_seconds"}:
