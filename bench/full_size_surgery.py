@@ -111,7 +111,7 @@ def main() -> None:
             "output_dir": target,
             "dtype": "bfloat16",
             "mix": "calculator=1.0",
-            "max_length": 64,
+            "max_length": 32,
             "num_check_rows": 1,
             "streaming": "true",
         }
@@ -133,6 +133,7 @@ def main() -> None:
             "copy_seconds": copying,
             "write_cpu_seconds": metrics["write_cpu_seconds"],
             "write_against_copy": metrics["write_seconds"] / copying,
+            "write_cpu_against_copy": metrics["write_cpu_seconds"] / copying,
             "whole_run_seconds": found["seconds"],
             "whole_run_cpu_seconds": found["cpu_seconds"],
             "max_state_diff_of_any_layer": max(by_layer.values()),
