@@ -5,9 +5,10 @@ A training run that is killed again and again: does it end with the weights of a
     python bench/chaos.py --kills 5        (a first try)
 
 `run_pretrain.py` trains a tiny hybrid (elastic, Muon, a checkpoint every 2 steps, only the newest kept) in a process
-of its own, which dies by SIGKILL at a random moment, 20 times, and by SIGTERM, SIGINT and SIGUSR1 in a second part;
-each time the same command is started again. After every death the checkpoints are looked at. Target: 20 of 20
-survived, 0 checkpoints lost, 0 half-written ones accepted, final weights bitwise those of the uninterrupted run.
+of its own, which dies by SIGKILL at a random moment, 20 times; by SIGKILL in the middle of writing a checkpoint, 10
+times; and by SIGTERM, SIGINT or SIGUSR1, 6 times. Each time the same command is started again. After every death the
+checkpoints are looked at. Target: all survived, 0 checkpoints lost, 0 half-written ones accepted, final weights bitwise
+those of the uninterrupted run.
 """
 
 import argparse
@@ -111,20 +112,41 @@ def ended(process: int, seconds: float) -> int | None:
     return None
 
 
+def writes(process: int, output_dir: Path, count: int) -> int | None:
+    """Wait until the process is writing its `count`-th checkpoint from now; its status if it ended."""
+    seen: set[Path] = set()
+    folder = output_dir.with_name(f"{output_dir.name}.trainer")
+    while True:
+        code = ended(process, 0.001)
+        if code is not None:
+            return code
+        seen |= {path for path in folder.glob("*/checkpoint-*") if not (path / SEAL).is_file()}
+        if len(seen) >= count:
+            return None
+
+
 def batter(recipe: Path, signals: list[signal.Signals], deaths: int, seconds: float, rng: random.Random) -> dict:
-    """Interrupt runs at random moments until `deaths` have died; a run that gets through is followed by another."""
+    """
+    Interrupt runs at random moments until `deaths` have died; a run that gets through is followed by another. With
+    `seconds` 0 the moment is in the middle of writing a checkpoint.
+    """
     survived = lost = accepted = half_written = runs = 0
     differing: list[str] = []
     expected = load_file(FOLDER / "whole/model.safetensors")
     died = 0
     while died < deaths:
-        output_dir = FOLDER / f"battered{runs}"
+        output_dir = FOLDER / f"{signals[0].name}{seconds:.0f}_{runs}"
         runs += 1
         best = 0
         while True:
             process = start(recipe, output_dir)
             number = rng.choice(signals)
-            code = ended(process, rng.uniform(0.0, seconds)) if died < deaths else ended(process, 600)
+            if died >= deaths:
+                code = ended(process, 600)
+            elif seconds:
+                code = ended(process, rng.uniform(0.0, seconds))
+            else:
+                code = writes(process, output_dir, rng.randint(1, 4))
             if code is None:
                 os.kill(process, number)
                 code = ended(process, 600 if number != signal.SIGUSR1 else rng.uniform(0.0, seconds))
@@ -163,6 +185,7 @@ def batter(recipe: Path, signals: list[signal.Signals], deaths: int, seconds: fl
             break
     return {
         "signals": "+".join(number.name for number in signals),
+        "moment": "any" if seconds else "while a checkpoint is written",
         "interruptions": died,
         "survived": survived,
         "checkpoints_lost": lost,
@@ -171,7 +194,6 @@ def batter(recipe: Path, signals: list[signal.Signals], deaths: int, seconds: fl
         "runs_finished": runs,
         "tensors_that_differ": len(differing),
         "tensors": len(expected),
-        "seal": SEAL,
     }
 
 
@@ -193,6 +215,7 @@ def main() -> None:
     print(f"uninterrupted: {seconds:.1f} s", flush=True)
     # Long enough to pass some checkpoints in the mean, so that several deaths fall on one run.
     rows = [batter(recipe, [signal.SIGKILL], options.kills, 0.8 * seconds, rng)]
+    rows.append(batter(recipe, [signal.SIGKILL], max(2, options.kills // 2), 0.0, rng))
     gentle = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     rows.append(batter(recipe, gentle, max(3, options.kills // 3), 0.8 * seconds, rng))
     write_results("chaos", rows, began, target="all survived, 0 lost, 0 half-written accepted, 0 tensors differ")

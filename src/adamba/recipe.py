@@ -20,6 +20,7 @@ from trl import TrlParser
 
 from adamba.errors import UserError, one_line
 from adamba.fingerprint import fingerprint_code
+from adamba.launch import check_launch
 from adamba.recipe_file import Recipe, read_recipe
 from adamba.recipe_values import contains, describe, fit, fit_text
 
@@ -44,8 +45,9 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None, script: str
 
     Raises:
         UserError: for a missing or malformed file, an unknown key, a value of the wrong type, a required key that is
-            absent, or a value the dataclass itself refuses.
+            absent, or a value the dataclass itself refuses; for a launch that does not fit this machine.
     """
+    check_launch()
     parser = AdambaParser(dataclass_types)
     return parser.parse_recipe(sys.argv[1:] if argv is None else list(argv), script or sys.argv[0])
 
