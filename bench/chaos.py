@@ -6,9 +6,9 @@ A training run that is killed again and again: does it end with the weights of a
 
 `run_pretrain.py` trains a tiny hybrid (elastic, Muon, a checkpoint every 2 steps, only the newest kept) in a process
 of its own, which dies by SIGKILL at a random moment, 20 times; by SIGKILL in the middle of writing a checkpoint, 10
-times; and by SIGTERM, SIGINT or SIGUSR1, 6 times. Each time the same command is started again. After every death the
-checkpoints are looked at. Target: all survived, 0 checkpoints lost, 0 half-written ones accepted, final weights bitwise
-those of the uninterrupted run.
+times; and by SIGTERM, SIGINT or SIGUSR1, 6 times. Each time the same command is started again. After every death
+the checkpoints are looked at. Target: all survived, 0 checkpoints lost, 0 half-written ones accepted, final weights
+bitwise those of the uninterrupted run.
 """
 
 import argparse

@@ -33,7 +33,7 @@ def check_launch(environment: Mapping[str, str] = os.environ, num_gpus: int | No
 
         num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if local_processes > num_gpus:
-        works = f"--num_processes {num_gpus}" if num_gpus else "accelerate_configs/cpu.yaml or cpu_two.yaml"
+        works = f"--num_processes {num_gpus}" if num_gpus else "accelerate_configs/cpu.yaml or ddp_cpu.yaml"
         raise UserError(
             f"accelerate config: {local_processes} processes on this machine, which has {num_gpus} GPUs; use {works}"
         )

@@ -43,8 +43,8 @@ def start(args: TrainingArguments, recipe: Recipe, inputs: Mapping[str, str]) ->
         record = {"code": parts["code"], "inputs": parts["inputs"], "values": recipe.values, "rows_per_step": rows}
         if changed := differences(folder, record):
             raise UserError(
-                f"output_dir: the checkpoints in {folder} are of another number of processes ({'; '.join(changed)}); keep "
-                f"it, or give batch sizes with the same rows per step and that folder as resume_from_checkpoint"
+                f"output_dir: {folder} was trained by another number of processes ({'; '.join(changed)}); keep it, or "
+                f"give batch sizes with the same rows per step and that folder as resume_from_checkpoint"
             )
         for other in folder.parent.glob("*/checkpoint-*") if not folder.exists() else ():
             found = differences(other.parent, record)
