@@ -10,15 +10,13 @@ MEASURED := $(if $(RECIPES),$(RECIPES),recipes/tiny)
 RECIPES ?= recipes
 CHECKPOINT ?=
 ARGS ?=
-# One process on a CPU needs no launcher, and starts seconds earlier without.
-ifneq ($(filter recipes/tiny recipes/agents,$(RECIPES)),)
-LAUNCH ?= python
-endif
-# A launcher that is given replaces the recipe's own and its accelerate config.
+# A launcher that is given replaces the recipe's own and its accelerate config. On a CPU a recipe that names no config is
+# one process, which needs no launcher and starts seconds earlier without.
+PLAIN := $(if $(filter recipes/tiny recipes/agents recipes/games,$(RECIPES)),python,accelerate launch --quiet)
 ifdef LAUNCH
 LAUNCHER := s|^\# *accelerate launch( --config_file [^ ]+)?|$(LAUNCH)|p
 else
-LAUNCHER := s|^\# *accelerate launch|accelerate launch --quiet|p
+LAUNCHER := s|^\# *accelerate launch (--config_file)|accelerate launch --quiet \1|p; s|^\# *accelerate launch ([^-])|$(PLAIN) \1|p
 endif
 
 STAMP := .venv/.installed
@@ -30,7 +28,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 # A recipe's first line is the command that launches it; $(1) is the recipe's path.
 define launch
-@command=$$(sed -nE '1$(LAUNCHER)' $(1) 2>/dev/null || true); \
+@command=$$(sed -nE '1{$(LAUNCHER);}' $(1) 2>/dev/null || true); \
 if [ -z "$$command" ]; then echo "error: $(1): no such recipe, or its first line is not '# accelerate launch ...'" >&2; exit 2; fi; \
 command="$$command$(if $(ARGS), $(ARGS))"; echo "$$command"; exec $$command
 endef
@@ -131,6 +129,10 @@ phase6_grpo phase6_dpo: $(STAMP)
 agents: $(STAMP)  ## single-task agents from scratch (calculator, tic-tac-toe, both), each measured; resumes too
 	$(OFFLINE) $(PY) src/run_demo.py recipes/agents $(ARGS)
 
+.PHONY: games
+games: $(STAMP)  ## one agent against a team: SFT, GRPO, AT-GRPO with one policy and one a role, one table; resumes too
+	$(OFFLINE) $(PY) src/run_demo.py recipes/games $(ARGS)
+
 # Phases 5 and 6 are measured by the family's eval_agents.yaml where there is one, as `make demo` does.
 IS_AGENT := $(if $(CHECKPOINT),$(findstring phase5,$(CHECKPOINT))$(findstring phase6,$(CHECKPOINT)),default)
 EVALUATION := $(firstword $(if $(IS_AGENT),$(wildcard $(MEASURED)/eval_agents.yaml)) $(MEASURED)/eval.yaml)
@@ -146,6 +148,10 @@ chat: $(STAMP)  ## talk to CHECKPOINT=<folder> (default: the furthest phase) in 
 .PHONY: report
 report: $(STAMP)  ## draw reports/<family>/report.html and report.json from all checkpoints of a family
 	$(OFFLINE) $(PY) src/run_report.py $(MEASURED) $(ARGS)
+
+.PHONY: plan
+plan: $(STAMP)  ## what RECIPES costs: tokens, FLOPs, hours, dollars, memory (ARGS="--gpu h100 --max-usd 500")
+	$(PY) src/run_plan.py $(RECIPES) $(if $(filter recipes recipes/,$(RECIPES)),--max-usd 1000) $(ARGS)
 
 .PHONY: bench
 bench: $(STAMP)  ## every measurement of bench/, one after another

@@ -1,45 +1,30 @@
 """
-Phase 6, online: GRPO on the tasks' own environments, the model calling tools turn by turn.
+Phase 6, online: GRPO on the tasks' own environments, the model calling tools turn by turn. With `roles:` in the
+recipe, AT-GRPO: a team plays, and candidates are compared inside their (instance, agent, turn) group.
 
     accelerate launch src/run_grpo.py recipes/tiny/phase6_grpo.yaml
     accelerate launch src/run_grpo.py recipes/tiny/phase6_grpo.yaml --mix calculator=1.0,tic_tac_toe=0.5 --max_steps 10
+    accelerate launch src/run_grpo.py recipes/games/plan_path_3_shared.yaml
 """
 
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
-
-from trl import GRPOConfig, GRPOTrainer
 
 from adamba.data import log_mix
 from adamba.data.arguments import DataArguments
-from adamba.errors import UserError, user_errors
+from adamba.errors import user_errors
 from adamba.loading import ModelArguments, load_model_and_tokenizer
 from adamba.recipe import parse
-from adamba.rewards import REWARDS, select_rewards
+from adamba.rewards import select_rewards
 from adamba.tasks import ENVIRONMENTS
+from adamba.training.agent_config import AgentConfig, team_settings, tool_call_limit
 from adamba.training.agent_rows import prompt_rows
+from adamba.training.agent_trainer import AgentGRPOTrainer
+from adamba.training.at_grpo import AtGrpoTrainer
+from adamba.training.freezing import freeze_idle
 from adamba.training.lora import LoraArguments, merge_adapters, peft_config
+from adamba.training.role_adapters import add_role_adapters
 from adamba.training.session import finish, logger, measures, start, train
-
-MAX_TOOL_CALLS = 8  # TRL's loop does not end with the environment; the longest game has 5 moves
-
-
-@dataclass
-class AgentConfig(GRPOConfig):
-    """`GRPOConfig` and what playing the tasks adds."""
-
-    trust_remote_code: bool = field(default=False, init=False)  # the key is ModelArguments'
-    rewards: dict[str, float] = field(
-        default_factory=lambda: {"correctness": 1.0, "format": 0.2},
-        metadata={"help": f"Reward -> weight: {', '.join(REWARDS)}."},
-    )
-    num_prompts: int = field(default=2048, metadata={"help": "Different instances to play."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_prompts < 1:
-            raise UserError(f"num_prompts: {self.num_prompts} must be 1 or more")
 
 
 @user_errors()
@@ -51,8 +36,6 @@ def main() -> None:
     logger.info("mix: %s", log_mix(data_args.mix))
 
     reward_functions, args.reward_weights = select_rewards(args.rewards)
-    if args.max_tool_calling_iterations is None:
-        args.max_tool_calling_iterations = MAX_TOOL_CALLS
     rows = prompt_rows(
         data_args.mix,
         args.num_prompts,
@@ -61,23 +44,40 @@ def main() -> None:
         settings=data_args.task_settings,
     )
     environments = {name: ENVIRONMENTS[name] for name in rows.unique("environment")}
+    team = team_settings(args, environments) if args.roles else None
+    if args.max_tool_calling_iterations is None:
+        args.max_tool_calling_iterations = tool_call_limit(rows)
 
     model, tokenizer = load_model_and_tokenizer(model_args, training=True)
-    trainer = GRPOTrainer(
-        model=model,
-        args=args,
-        reward_funcs=reward_functions,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        environment_factory=environments,
-        peft_config=peft_config(lora_args),
-    )
+    freeze_idle(model)
+    common = {
+        "args": args,
+        "train_dataset": rows,
+        "processing_class": tokenizer,
+        "max_generated_tokens": args.max_generated_tokens,
+    }
+    if team is None:
+        trainer = AgentGRPOTrainer(
+            model=model,
+            reward_funcs=reward_functions,
+            environment_factory=environments,
+            peft_config=peft_config(lora_args),
+            **common,
+        )
+    elif team.per_role:
+        lora_args.use_peft = True
+        model = add_role_adapters(model, peft_config(lora_args), [role.name for role in team.roles])
+        trainer = AtGrpoTrainer(team_settings=team, model=model, **common)
+    else:
+        trainer = AtGrpoTrainer(team_settings=team, model=model, peft_config=peft_config(lora_args), **common)
     trained = train(trainer)
-    merge_adapters(trainer)
+    if team is None or not team.per_role:
+        merge_adapters(trainer)
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     if rewards:
         trained |= {"reward_first": rewards[0], "reward_last": rewards[-1]}
     tokens_seen = int(trainer.state.num_input_tokens_seen)
+    trained["num_generated_tokens"] = trainer.num_generated_tokens
     metrics = trained | measures(trainer, trained["train_seconds"], tokens_seen, args.max_completion_length or 0)
     finish(trainer, tokenizer, Path(output_dir), recipe, metrics, inputs)
 

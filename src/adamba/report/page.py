@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from .agent_pictures import PICTURES
+from .games import game_rows, transcripts
 from .measures import (
     SURGERY_TOLERANCE,
     best_saving,
@@ -80,6 +81,7 @@ def report_content(family: Family, drawn: list[DrawnPicture]) -> dict[str, Any]:
             for phase in family.phases
         },
         "missing": [phase.name for phase in family.missing],
+        "games": game_rows(family),
         "surgeries": [
             {
                 "phase": row.phase.name,
@@ -142,6 +144,8 @@ def render_page(family: Family, drawn: list[DrawnPicture]) -> str:
         total_tokens=_total(family, "tokens_seen"),
         total_seconds=_total(family, "train_seconds"),
         peak_memory=max((phase.number("peak_memory_bytes") or 0.0 for phase in family.phases), default=0.0),
+        games=game_rows(family),
+        transcripts=transcripts(family),
         colors={name: (color, DARK.phase(name)) for name, color in LIGHT.phases.items()},
     )
 

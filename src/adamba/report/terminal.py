@@ -3,6 +3,8 @@
 from rich.console import Console
 from rich.table import Table
 
+from .games import COLUMNS as GAME_COLUMNS
+from .games import game_rows
 from .measures import headline
 from .page import phase_cells
 from .reading import Family
@@ -33,6 +35,14 @@ def print_report(family: Family, console: Console | None = None) -> None:
             table.add_row(phase.name, phase.status, style="dim")
     console.print(table)
     console.print()
+    if games := game_rows(family):
+        table = Table(box=None, pad_edge=False)
+        for column in GAME_COLUMNS:
+            table.add_column(column, justify="left" if column in ("game", "who") else "right", header_style="dim")
+        for row in games:
+            table.add_row(*row.values())
+        console.print(table)
+        console.print()
     for tile in headline(family):
         mark = {True: "[green]✓[/]", False: "[red]✗[/]", None: "·"}[tile.met]
         line = f"{mark} {tile.title} [bold]{tile.value}[/] [dim]{tile.note}[/]"

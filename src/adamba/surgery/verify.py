@@ -82,12 +82,12 @@ def _compare_logits(
     width: int | None, first: torch.Tensor, second: torch.Tensor, input_ids: torch.Tensor, states: list[float]
 ) -> Comparison:
     difference = (first - second).abs().max().item()
-    losses = [
+    before, after = (
         torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()).item()
         for logits in (first, second)
-    ]
+    )
     same = torch.equal(first.argmax(-1), second.argmax(-1))
-    return Comparison(width, difference, same, *losses, states)
+    return Comparison(width, difference, same, before, after, states)
 
 
 def check(comparisons: list[Comparison], tolerance: float = TOLERANCE) -> dict[str, float]:

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from adamba.tasks.roles import role_example, select_roles
 from adamba.tasks.task import Message, Row, Split, Task, tool_call, tool_schemas
 
 MAX_ILLEGAL_CALLS = 3
@@ -124,10 +125,15 @@ def puzzle_task(
     """
 
     def example(seed: int, split: Split, **settings: object) -> Row:
-        """One puzzle as the solver plays it."""
+        """One puzzle as the solver plays it; or, with `roles` in the settings, for `role_fraction` of the examples one
+        turn of one of these roles."""
+        roles = select_roles(settings.pop("roles", ("planner", "actor")), environment_class)  # type: ignore[arg-type]
+        role_fraction = float(settings.pop("role_fraction", 0.0))  # type: ignore[arg-type]
         row = prompt(seed, split, **settings)
         environment = environment_class()
         environment.reset(**row)
+        if random.Random(f"{name}/kind/{split}/{seed}").random() < role_fraction:
+            return role_example(environment, roles, worse, name, seed, split)
         messages: list[Message] = list(row["prompt"])
         while not environment._done:
             messages += environment._solver_turn()

@@ -141,7 +141,8 @@ def play(
                 live.sort(key=lambda item: len(item.ids))
                 still_live = []
                 for batch in _batches(live, batch_size):
-                    for item, new_ids in zip(batch, _generate(model, tokenizer, batch, options), strict=True):
+                    turns = generate_turns(model, tokenizer, [item.ids for item in batch], options)
+                    for item, new_ids in zip(batch, turns, strict=True):
                         if _take_turn(item, new_ids, tokenizer, result_ids):
                             still_live.append(item)
                 live = still_live
@@ -181,14 +182,14 @@ def _batches(items: list[_Live], size: int) -> Iterator[list[_Live]]:
         yield items[start : start + size]
 
 
-def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: list[_Live], options: dict[str, Any]
+def generate_turns(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], options: dict[str, Any]
 ) -> list[list[int]]:
-    """One turn of every episode of the batch: new ids up to and including the end of turn, when it came."""
-    longest = max(len(item.ids) for item in batch)
+    """One turn after every prompt: new ids up to and including the end of turn, when it came."""
+    longest = max(len(ids) for ids in prompts)
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    padded = [[pad] * (longest - len(item.ids)) + item.ids for item in batch]
-    mask = [[0] * (longest - len(item.ids)) + [1] * len(item.ids) for item in batch]
+    padded = [[pad] * (longest - len(ids)) + ids for ids in prompts]
+    mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
     output = model.generate(  # type: ignore[operator]
         input_ids=torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),

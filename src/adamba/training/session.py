@@ -15,9 +15,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from adamba.disk import check_output_dir
 from adamba.errors import UserError
 from adamba.fingerprint import run_fingerprint
-from adamba.flops import TRAINING_FACTOR, flops_per_token
+from adamba.flops import elastic_flops_per_token, training_flops_per_token
+from adamba.gpus import rated_flops_per_second
 from adamba.publish import publish, trainer_dir
 from adamba.recipe import Recipe
+from adamba.training.caps import SpendingCaps, StopAtCap, refuse_used_up
 from adamba.training.checkpoints import checkpoint_to_resume, differences, seal_what_is_saved, sign
 from adamba.training.interruptions import Interruptions
 
@@ -31,6 +33,10 @@ def start(args: TrainingArguments, recipe: Recipe, inputs: Mapping[str, str]) ->
     """
     setup_logging(is_main_process=args.process_index == 0)
     set_seed(args.seed)
+    if args.ddp_find_unused_parameters is None:
+        # Every weight that learns has a gradient in every step (`freeze_idle`). Searching would take a micro-batch
+        # with several passes, and a router that runs beside them, for several steps.
+        args.ddp_find_unused_parameters = False
     if not args.output_dir or args.output_dir == "trainer_output":
         raise UserError("output_dir: missing; name the folder for the checkpoint")
     published = Path(args.output_dir)
@@ -52,6 +58,7 @@ def start(args: TrainingArguments, recipe: Recipe, inputs: Mapping[str, str]) ->
                 logger.info("starting anew; %s is of another run (%s)", other, "; ".join(found))
         if args.save_strategy != "no" or args.resume_from_checkpoint:
             sign(folder, record)
+    refuse_used_up(args)
     return published
 
 
@@ -104,8 +111,8 @@ def train(trainer: Trainer) -> dict[str, float]:
     resume, `train_seconds` is what the whole run would have taken at the speed of the steps that were run here.
 
     Raises:
-        UserError: the loss is not a finite number, the last good checkpoint stays; a checkpoint of another run was
-            named; the disk is too small, or full.
+        UserError: the loss is not a finite number, or a cap is reached (the last good checkpoint stays); a checkpoint
+            of another run was named; the disk is too small, or full.
         SystemExit: 143 after SIGTERM, 130 after SIGINT, with a checkpoint of the last step.
     """
     seal_what_is_saved(trainer)
@@ -123,6 +130,9 @@ def train(trainer: Trainer) -> dict[str, float]:
     interruptions = Interruptions(trainer)
     trainer.add_callback(interruptions)
     trainer.add_callback(StopWhenBroken())  # after the other: what it saves is looked at too
+    cap = StopAtCap(trainer.args) if isinstance(trainer.args, SpendingCaps) else None
+    if cap is not None:
+        trainer.add_callback(cap)
     started = time.monotonic()
     with interruptions.heard():
         result = trainer.train(resume_from_checkpoint=resume)
@@ -132,8 +142,16 @@ def train(trainer: Trainer) -> dict[str, float]:
             "stopped by %s after step %d; the same command goes on from there", interruptions.stopped_by.name, steps
         )
         raise SystemExit(128 + interruptions.stopped_by)
+    if cap is not None and cap.stopped:
+        raise UserError(
+            f"{cap.stopped}; stopped after step {steps} of {trainer.state.max_steps}, raise it to go on from the "
+            f"checkpoint kept in {trainer.args.output_dir}"
+        )
     seconds = (time.monotonic() - started) * steps / max(steps - resumed_step, 1)
-    return {"train_loss": result.training_loss, "train_seconds": seconds, "train_steps": steps}
+    trained = {"train_loss": result.training_loss, "train_seconds": seconds, "train_steps": steps}
+    if cap is not None and trainer.args.usd_per_gpu_hour is not None:
+        trained["cost_usd"] = cap.seconds() * trainer.args.usd_per_second
+    return trained
 
 
 def _take_over(trainer: Trainer, checkpoint: str, saved: TrainerState) -> dict[str, float]:
@@ -148,16 +166,27 @@ def _take_over(trainer: Trainer, checkpoint: str, saved: TrainerState) -> dict[s
 def measures(trainer: Trainer, seconds: float, tokens_seen: int, context_length: int) -> dict[str, float]:
     """Size, tokens, speed and memory of a run, for `metrics.json`."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    flops = TRAINING_FACTOR * flops_per_token(model.config, context_length=context_length)
+    train_flops = tokens_seen * training_flops(trainer, model.config, context_length)
+    rated = rated_flops_per_second() * trainer.args.world_size
     return {
         "num_parameters": model.num_parameters(),
         "num_trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "hidden_size": model.config.hidden_size,
         "tokens_seen": tokens_seen,
         "tokens_per_second": tokens_seen / max(seconds, 1e-9),
-        "train_flops": flops * tokens_seen,
+        "train_flops": train_flops,
+        **({"mfu": train_flops / max(seconds, 1e-9) / rated} if rated else {}),
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def training_flops(trainer: Trainer, config: Any, context_length: int) -> float:
+    """Forward and backward FLOPs a token of what this trainer's recipe asks for (`adamba.flops`)."""
+    elastic = getattr(trainer, "elastic_args", None)
+    if elastic is None or not elastic.elastic:
+        return training_flops_per_token(config, context_length, getattr(trainer.args, "train_only", "all"))
+    options = (elastic.width_weights, elastic.num_sampled_widths, elastic.distill, elastic.num_sampled_exits)
+    return elastic_flops_per_token(config, context_length, *options)
 
 
 def peak_memory_bytes() -> int:

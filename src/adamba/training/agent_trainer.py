@@ -1,0 +1,126 @@
+"""GRPOTrainer for agents: tokens counted and limited, tools counted by name, unreadable calls answered."""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from functools import wraps
+from types import MethodType
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import GRPOTrainer
+
+from adamba.tools.calls import OPEN, parse_tool_calls
+
+UNREADABLE = "unreadable_call"
+TOKENS = "num_generated_tokens"
+
+
+class AgentGRPOTrainer(GRPOTrainer):
+    """`GRPOTrainer` that also
+
+    - logs `num_generated_tokens`, all that the model wrote so far, and stops after `max_generated_tokens` of them;
+    - logs `tools/<name>/call_frequency` (calls an episode) and `tools/<name>/failure_frequency` (share of calls that
+      could not be read, do not fit the tool, or that the environment refused);
+    - answers a call that cannot be read with what is wrong with it; TRL would take it for a final text.
+    """
+
+    def __init__(self, *args: Any, max_generated_tokens: int | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.num_generated_tokens = 0
+        self.max_generated_tokens = max_generated_tokens
+        self.add_callback(_TokenBudget(self))
+        if self.tools:
+            answer_unreadable_calls(self._tokenizer)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            mask = output["completion_mask"] * output.get("tool_mask", 1)
+            self.num_generated_tokens += int(self.accelerator.gather(mask.sum()).sum())
+            self._metrics["train"][TOKENS] = [float(self.num_generated_tokens)]
+        return output
+
+    def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
+        calls: Counter[str] = Counter()
+        failures: Counter[str] = Counter()
+        for environment, tools in zip(self.environments or [], self._sync_tool_dicts, strict=True):
+            for name, tool in tools.items():
+                tools[name] = _counted(tool, environment, calls, failures)
+            tools[UNREADABLE] = _unreadable(calls, failures)
+        num_episodes = len(self._sync_tool_dicts)
+        result = super()._tool_call_loop(*args, **kwargs)
+        mode = "train" if self.model.training else "eval"
+        known = [tool.__name__ for tool in self.tools]
+        for name in sorted({*known, UNREADABLE}):
+            local = torch.tensor([calls[name], failures[name], num_episodes], device=self.accelerator.device)
+            called, failed, episodes = self.accelerator.gather(local).view(-1, 3).sum(0).tolist()
+            self._metrics[mode][f"tools/{name}/call_frequency"].append(called / episodes)
+            self._metrics[mode][f"tools/{name}/failure_frequency"].append(failed / max(called, 1))
+        return result
+
+
+class _TokenBudget(TrainerCallback):
+    """Goes on counting after a resume, and stops at the budget."""
+
+    def __init__(self, trainer: AgentGRPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        counted = [entry[TOKENS] for entry in state.log_history if TOKENS in entry]
+        self.trainer.num_generated_tokens = int(counted[-1]) if counted else 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        limit = self.trainer.max_generated_tokens
+        if limit is not None and self.trainer.num_generated_tokens >= limit:
+            control.should_training_stop = control.should_log = True
+        return control
+
+
+def _counted(tool: Callable[..., str], environment: Any, calls: Counter, failures: Counter) -> Callable[..., str]:
+    """The tool, counting its calls and those that raise or that the environment counts as invalid."""
+    name = tool.__name__
+
+    @wraps(tool)
+    def counting(**arguments: Any) -> str:
+        calls[name] += 1
+        before = environment._outcome()["invalid_calls"]
+        try:
+            inspect.signature(tool).bind(**arguments)
+            answer = tool(**arguments)
+        except Exception:  # TRL answers with its message; here it is only counted
+            failures[name] += 1
+            raise
+        failures[name] += environment._outcome()["invalid_calls"] > before
+        return answer
+
+    return counting
+
+
+def _unreadable(calls: Counter, failures: Counter) -> Callable[..., str]:
+    def answer(error: str) -> str:
+        calls[UNREADABLE] += 1
+        failures[UNREADABLE] += 1
+        return error
+
+    return answer
+
+
+def answer_unreadable_calls(tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Let `tokenizer.parse_response` read a turn whose call is no JSON, has no name or no arguments object as a call of
+    `unreadable_call`, whose answer says what is wrong.
+    """
+    original = type(tokenizer).parse_response
+
+    def parse_response(self: PreTrainedTokenizerBase, response: Any, *args: Any, **kwargs: Any) -> dict:
+        text = response if isinstance(response, str) else self.decode(response, skip_special_tokens=True)
+        content, calls = parse_tool_calls(text) if OPEN in text else (text, [])
+        errors = [call.error for call in calls if call.error]
+        if not errors:
+            return original(self, response, *args, **kwargs)
+        function = {"name": UNREADABLE, "arguments": {"error": errors[0]}}
+        return {"role": "assistant", "content": content, "tool_calls": [{"type": "function", "function": function}]}
+
+    tokenizer.parse_response = MethodType(parse_response, tokenizer)

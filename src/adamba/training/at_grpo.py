@@ -1,0 +1,203 @@
+"""AT-GRPO through TRL: each block of `num_generations` rows of a batch is one (instance, agent, turn) group.
+
+GRPOTrainer normalises advantages over consecutive blocks of `num_generations` rows; `rollout_func` fills each block
+with the candidates of one group (`adamba.training.games`), so its own normalisation is the one inside the group.
+Loss, clipping (`epsilon`), KL (`beta`), entropy and logging are TRL's.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import TrainerCallback
+
+from adamba.errors import UserError
+from adamba.tasks.roles import Role
+from adamba.training.agent_trainer import AgentGRPOTrainer
+from adamba.training.games import Group, play_games
+from adamba.training.role_adapters import activate, save_roles
+
+
+@dataclass(frozen=True)
+class TeamSettings:
+    """How a team plays and is paid.
+
+    Attributes:
+        roles: In the order they speak.
+        max_turns: Turns after which a game is over.
+        alpha: A candidate's reward is `alpha` × team + local.
+        turn_discount: Groups of turn t weigh its t-th power.
+        num_parallel_games: Games played at once in a batch; fewer reach later turns.
+        per_role: One LoRA adapter a role.
+    """
+
+    roles: tuple[Role, ...]
+    max_turns: int = 12
+    alpha: float = 5.0
+    turn_discount: float = 1.0
+    num_parallel_games: int = 8
+    per_role: bool = False
+
+
+def team(prompts: list, completions: list, team_reward: list[float], **columns: object) -> list[float]:
+    """Worth of the state that a candidate leads to."""
+    return team_reward
+
+
+def local(prompts: list, completions: list, local_reward: list[float], **columns: object) -> list[float]:
+    """Whether a candidate does what its role should."""
+    return local_reward
+
+
+def check_groups(groups: Sequence[Group], rows_per_group: int, num_rows: int) -> None:
+    """Refuse a batch in which a block of rows is not one group.
+
+    Raises:
+        RuntimeError: saying which group.
+    """
+    if len(groups) * rows_per_group != num_rows:
+        raise RuntimeError(f"AT-GRPO: {len(groups)} groups of {rows_per_group} do not fill {num_rows} rows")
+    for group in groups:
+        if len(group.replies) != rows_per_group or len(group.candidates) != rows_per_group:
+            raise RuntimeError(f"AT-GRPO: group {group.key} has {len(group.replies)} candidates, not {rows_per_group}")
+        if group.key[2] != group.turn or not all(group.replies):
+            raise RuntimeError(f"AT-GRPO: group {group.key} is of turn {group.turn}, or has an empty reply")
+
+
+class AtGrpoTrainer(AgentGRPOTrainer):
+    """GRPO on the candidates of games; takes no rewards and no environments of its own."""
+
+    def __init__(self, *, team_settings: TeamSettings, **kwargs: Any) -> None:
+        args = kwargs["args"]
+        rows = args.per_device_train_batch_size * args.steps_per_generation
+        if rows % args.num_generations:
+            raise UserError(
+                f"num_generations: {args.num_generations} candidates do not divide the {rows} rows of a process "
+                f"(per_device_train_batch_size × steps_per_generation)"
+            )
+        args.reward_weights = [team_settings.alpha, 1.0]
+        self.team_settings = team_settings
+        self._rows: list[dict[str, Any]] = []
+        self._groups: list[Group] = []
+        self._row_roles: torch.Tensor | None = None
+        # TRL would copy an adapter named "default" as the reference; ours is the base, with all adapters off.
+        beta = args.beta
+        if team_settings.per_role:
+            args.beta = 0.0
+        super().__init__(reward_funcs=[team, local], rollout_func=self._play_batch, **kwargs)
+        self.beta = args.beta = beta
+        if team_settings.per_role:
+            self.add_callback(_TrainAllAdapters())
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A checkpoint to resume from holds the adapters; what is published, the base beside them."""
+        if self.team_settings.per_role and not _internal_call and output_dir is not None:
+            if self.is_world_process_zero():
+                save_roles(self.accelerator.unwrap_model(self.model), Path(output_dir))
+            return
+        super().save_model(output_dir, _internal_call)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._rows = inputs
+        output = super()._generate_and_score_completions(inputs)
+        blocks = output["prompt_ids"].view(len(self._groups), self.num_generations, -1)
+        if not torch.equal(blocks, blocks[:, :1].expand_as(blocks)):
+            raise RuntimeError("AT-GRPO: a block of rows has more than one prompt, so it is not one group")
+        turns = self._of_rows([group.turn for group in self._groups])
+        output["advantages"] = output["advantages"] * self.team_settings.turn_discount**turns
+        output["role_index"] = self._of_rows([group.role_index for group in self._groups])
+        self._log_groups()
+        return output
+
+    def _play_batch(self, prompts: list, trainer: Any) -> dict[str, Any]:
+        """TRL's `rollout_func`: as many rows as prompts, in blocks that are groups."""
+        settings, size = self.team_settings, self.num_generations
+        seconds = 0.0
+
+        def speak(prompt_ids: list[list[int]], role: str) -> list[list[int]]:
+            nonlocal seconds
+            started = time.perf_counter()
+            if settings.per_role:
+                activate(self.accelerator.unwrap_model(self.model), role)
+            replies, _ = self._generate_single_turn(prompt_ids, None, {}, num_generations=1)
+            seconds += time.perf_counter() - started
+            return replies
+
+        started = time.perf_counter()
+        plain = ({key: value for key, value in row.items() if value is not None} for row in self._rows[::size])
+        self._groups, games = play_games(
+            plain,
+            settings.roles,
+            self._tokenizer,
+            speak,
+            max_turns=settings.max_turns,
+            num_parallel=settings.num_parallel_games,
+            alpha=settings.alpha,
+            num_candidates=size,
+            num_groups=len(prompts) // size,
+        )
+        outside = time.perf_counter() - started - seconds
+        check_groups(self._groups, size, len(prompts))
+        self._row_roles = self._of_rows([group.role_index for group in self._groups])
+        over = [game for game in games if game.is_over(settings.max_turns)]
+        if over:
+            self._log_metric("games/success_best", sum(game.success for game in over) / len(over))
+            self._log_metric("games/num_turns", sum(game.turn for game in over) / len(over))
+        self._log_metric("games/rollout_outside_generate_fraction", outside / (outside + seconds))
+        candidates = [candidate for group in self._groups for candidate in group.candidates]
+        return {
+            "prompt_ids": [group.prompt_ids for group in self._groups for _ in range(size)],
+            "completion_ids": [reply for group in self._groups for reply in group.replies],
+            "logprobs": None,
+            "team_reward": [candidate.team for candidate in candidates],
+            "local_reward": [candidate.local for candidate in candidates],
+        }
+
+    def _of_rows(self, of_groups: list[int]) -> torch.Tensor:
+        values = torch.tensor(of_groups, device=self.accelerator.device)
+        return values.repeat_interleave(self.num_generations)
+
+    def _log_groups(self) -> None:
+        """Share of unusable candidates of each role."""
+        for index, role in enumerate(self.team_settings.roles):
+            own = [item.local for group in self._groups if group.role_index == index for item in group.candidates]
+            if own:
+                rate = 1.0 - sum(own) / len(own)
+                self._metrics["train"][f"games/{role.name}/invalid_action_rate"].append(rate)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        self._row_roles = inputs["role_index"]
+        return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """With an adapter a role: each role's rows under its own, put back in their order."""
+        parent = super()._get_per_token_logps_and_entropies
+        if not self.team_settings.per_role:
+            return parent(model, input_ids, *args, **kwargs)
+        attention_mask, *rest = args
+        assert self._row_roles is not None and len(self._row_roles) == len(input_ids)
+        parts, order = [], []
+        for index in self._row_roles.unique().tolist():
+            own = (self._row_roles == index).nonzero().squeeze(1)
+            activate(self.accelerator.unwrap_model(model), self.team_settings.roles[index].name)
+            parts.append(parent(model, input_ids[own], attention_mask[own], *rest, **kwargs))
+            order.append(own)
+        back = torch.cat(order).argsort()
+        logps = torch.cat([part[0] for part in parts])[back]
+        entropies = None if parts[0][1] is None else torch.cat([part[1] for part in parts])[back]
+        return logps, entropies, None
+
+
+class _TrainAllAdapters(TrainerCallback):
+    """A resumed model comes back with only one adapter trainable."""
+
+    def on_train_begin(self, args, state, control, model: PeftModel | None = None, **kwargs):
+        if isinstance(model, PeftModel):
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_("lora_" in name)

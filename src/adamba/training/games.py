@@ -1,0 +1,232 @@
+"""Games of several roles in one environment: groups of candidates from one state, of which the best is continued.
+
+This is the tree of AT-GRPO (agent- and turn-wise grouped GRPO): at each turn of each agent, K candidates are spoken
+from the *same* state, judged on copies of it, and compared with each other alone. With one candidate it is plain play.
+Rules only: nothing here knows the model, `speak` does.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from adamba.tasks import ENVIRONMENTS, tool_methods
+from adamba.tasks.roles import MAX_NOTE_CHARACTERS, Role, role_messages, role_tools
+from adamba.tools import parse_tool_calls, run_tool_call
+
+Row = dict[str, Any]
+# Replies (token ids, end of turn included) of the role of that name to each prompt.
+Speak = Callable[[list[list[int]], str], list[list[int]]]
+
+
+@dataclass
+class Game:
+    """One episode.
+
+    Attributes:
+        row: The task row it is played from.
+        notes: What was proposed in this turn: (role, text).
+        results: What tools answered so far, for environments that have no observation of their own.
+        log: Everything said: (role, text, what followed).
+        final_text: Of a role that answers; ends the game.
+        num_actions, num_invalid_actions: What was said, and how much of it could not be used.
+    """
+
+    row: Row
+    environment: Any
+    roles: Sequence[Role]
+    agent: int = 0
+    turn: int = 0
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    results: list[str] = field(default_factory=list)
+    log: list[tuple[str, str, str]] = field(default_factory=list)
+    final_text: str | None = None
+    num_actions: int = 0
+    num_invalid_actions: int = 0
+    num_generated_tokens: int = 0
+
+    @classmethod
+    def start(cls, row: Row, roles: Sequence[Role]) -> "Game":
+        environment = ENVIRONMENTS[row["environment"]]()
+        environment.reset(**{key: value for key, value in row.items() if key != "environment"})
+        return cls(row, environment, roles)
+
+    @property
+    def role(self) -> Role:
+        """Whose move it is."""
+        return self.roles[self.agent]
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """(instance, agent, turn): what all candidates of a group have in common."""
+        instance = f"{self.row['environment']}/{self.row.get('split')}/{self.row.get('seed')}"
+        return instance, self.role.name, self.turn
+
+    @property
+    def outcome(self) -> dict[str, float]:
+        return self.environment._outcome(self.final_text or "")
+
+    @property
+    def success(self) -> bool:
+        return is_success(self.outcome)
+
+    def is_over(self, max_turns: int) -> bool:
+        return self.environment._done or self.final_text is not None or self.turn >= max_turns
+
+    def observation(self) -> str:
+        """The state as any role reads it."""
+        if hasattr(self.environment, "_observation"):
+            return self.environment._observation()
+        return "\n".join([self.row["prompt"][-1]["content"], *self.results])
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What one reply would lead to.
+
+    Attributes:
+        text: The reply.
+        environment: The state after it, a copy; the group's own state where nothing changed.
+        result: What was answered to a call.
+        team: Worth of the state that it leads to (of a proposal: would lead to), 0 to 1.
+        local: 1 when the reply could be used as its role should, else 0.
+    """
+
+    text: str
+    environment: Any
+    result: str
+    team: float
+    local: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """K candidates of one agent at one turn of one instance."""
+
+    key: tuple[str, str, int]
+    role_index: int
+    turn: int
+    prompt_ids: list[int]
+    replies: list[list[int]]
+    candidates: list[Candidate]
+
+
+def is_success(outcome: dict[str, float]) -> bool:
+    """Whether an episode reached its goal, however long it took."""
+    return outcome.get("solved", float(outcome["score"] >= 1.0)) == 1.0
+
+
+def team_value(outcome: dict[str, float]) -> float:
+    """Worth of a state: its score, or half of the way done; both depend on the board alone, so circles earn nothing."""
+    return max(outcome["score"], 0.5 * outcome.get("progress", 0.0))
+
+
+def consider(game: Game, text: str) -> Candidate:
+    """Judge a reply on a copy of the state; the game itself stays as it is."""
+    content, calls = parse_tool_calls(text)
+    environment, role = game.environment, game.role
+    if role.speaks == "answer":
+        outcome = environment._outcome(content)
+        return Candidate(
+            text, environment, "", team_value(outcome), float(not calls and outcome["well_formed"] == 1.0)
+        )
+    if role.speaks == "proposal":
+        tool = getattr(environment, "_tool", None)
+        usable = bool(content) and not calls and len(content) <= MAX_NOTE_CHARACTERS
+        if tool is None or not usable:
+            return Candidate(text, environment, "", team_value(environment._outcome()), float(usable))
+        trial = copy.deepcopy(environment)
+        getattr(trial, tool[0])(**{tool[1]: content})
+        return Candidate(text, environment, "", team_value(trial._outcome()), _accepted(environment, trial))
+    after = copy.deepcopy(environment)
+    if len(calls) != 1:
+        result = "error: call one tool" if not calls else "error: one call a turn"
+        return Candidate(text, environment, result, team_value(environment._outcome()), 0.0)
+    allowed = [tool for tool in tool_methods(after) if not role.tools or tool.__name__ in role.tools]
+    result, _ = run_tool_call(calls[0], allowed)
+    return Candidate(text, after, result, team_value(after._outcome()), _accepted(environment, after))
+
+
+def _accepted(before: Any, after: Any) -> float:
+    """Whether a call counted as a valid one."""
+    return float(after._outcome()["valid_calls"] > before._outcome()["valid_calls"])
+
+
+def advance(game: Game, candidate: Candidate, num_tokens: int) -> None:
+    """Continue the game with a candidate: the next agent is to speak, or the next turn begins."""
+    role = game.role
+    game.num_actions += 1
+    game.num_invalid_actions += not candidate.local
+    game.num_generated_tokens += num_tokens
+    game.environment = candidate.environment
+    content, _ = parse_tool_calls(candidate.text)
+    if role.speaks == "proposal":
+        game.notes.append((role.name, content[:MAX_NOTE_CHARACTERS]))
+    elif role.speaks == "answer":
+        game.final_text = content
+    elif candidate.result:
+        game.results.append(f"{role.name}: {candidate.result}")
+    game.log.append((role.name, candidate.text, candidate.result))
+    game.agent += 1
+    if game.agent == len(game.roles):
+        game.agent, game.turn, game.notes = 0, game.turn + 1, []
+
+
+def play_games(
+    rows: Iterator[Row],
+    roles: Sequence[Role],
+    tokenizer: Any,
+    speak: Speak,
+    *,
+    max_turns: int,
+    num_parallel: int,
+    alpha: float = 1.0,
+    num_candidates: int = 1,
+    num_groups: int | None = None,
+) -> tuple[list[Group], list[Game]]:
+    """Play games until the rows, or `num_groups`, are used up. Games that are over make room for new ones.
+
+    Returns the groups in the order they were spoken, and all games that were begun (the last ones may be unfinished
+    when `num_groups` ends the play).
+
+    Raises:
+        ValueError: `rows` end before `num_groups` groups were made.
+    """
+    live: list[Game] = []
+    games: list[Game] = []
+    groups: list[Group] = []
+    while num_groups is None or len(groups) < num_groups:
+        # Everyone is at the same agent: new games join when a turn begins.
+        live = [game for game in live if not game.is_over(max_turns)]
+        if not live or live[0].agent == 0:
+            for row in rows if len(live) < num_parallel else ():
+                live.append(Game.start(row, roles))
+                games.append(live[-1])
+                if len(live) == num_parallel:
+                    break
+        if not live:
+            if num_groups is not None:
+                raise ValueError(f"play_games: the rows ended after {len(groups)} of {num_groups} groups")
+            break
+        playing = live if num_groups is None else live[: num_groups - len(groups)]
+        prompts = [prompt_ids(game, tokenizer) for game in playing]
+        replies = speak([prompt for prompt in prompts for _ in range(num_candidates)], playing[0].role.name)
+        for index, (game, prompt) in enumerate(zip(playing, prompts, strict=True)):
+            own = replies[index * num_candidates : (index + 1) * num_candidates]
+            texts = tokenizer.batch_decode(own, skip_special_tokens=True)
+            candidates = [consider(game, text) for text in texts]
+            groups.append(Group(game.key, game.agent, game.turn, prompt, own, candidates))
+            best = max(range(num_candidates), key=lambda i: alpha * candidates[i].team + candidates[i].local)
+            advance(game, candidates[best], len(own[best]))
+    return groups, games
+
+
+def prompt_ids(game: Game, tokenizer: Any) -> list[int]:
+    """What the role to move reads, as token ids."""
+    return tokenizer.apply_chat_template(
+        role_messages(game.role, game.observation(), game.notes),
+        tools=role_tools(game.role, type(game.environment)) or None,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
+    )
