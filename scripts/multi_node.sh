@@ -6,7 +6,7 @@
 # All machines need this repository at the same commit, the same checkpoints folder (shared storage) and the same data.
 # PRINT=1 shows the command and runs nothing.
 set -eu
-if [ $# -lt 4 ]; then sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
+if [ $# -lt 4 ]; then sed -n "2,7s|^# *||p" "$0" >&2; exit 2; fi
 rank=$1 machines=$2 address=$3 recipe=$4
 shift 4
 if [ "$rank" -ge "$machines" ]; then echo "error: machine rank $rank must be below $machines" >&2; exit 2; fi
