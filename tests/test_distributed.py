@@ -1,7 +1,7 @@
 """
 Two processes (gloo) against one: the same losses, checkpoints that either goes on from, a plain checkpoint at the end.
 
-Processes are forked from this one, whose imports are done; `test_a_real_launch` takes the launcher's way.
+Processes are forked from this one, whose imports are done; `smoke/test_two_processes.py` takes the launcher's way.
 """
 
 import json
@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -154,12 +153,30 @@ def test_another_number_of_rows_per_step_is_refused(ran: Path, tmp_path: Path) -
         launch(1, tmp_path, ran / "recipe.yaml", "--output_dir", tmp_path / "out", rows=2)
 
 
+# The same under DeepSpeed, whose optimizer (and at stage 3 parameters) are split between the processes.
+ZERO = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_USE_CPU": "false",  # with "true" accelerate would quietly run DDP; the recipe's use_cpu is what counts
+    "ACCELERATE_GRADIENT_CLIPPING": "1.0",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+}
+
+
 @pytest.mark.slow
-def test_a_real_launch(ran: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    command += [str(ROOT / "accelerate_configs/ddp_cpu.yaml"), str(ROOT / "src/run_pretrain.py")]
-    command += [str(ran / "recipe.yaml"), "--output_dir", str(tmp_path / "out"), "--per_device_train_batch_size", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert losses(tmp_path / "out") == pytest.approx(losses(ran / "two"), abs=1e-6)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_has_the_losses_of_one_process_and_resumes(ran: Path, stage: int, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="pip install deepspeed")
+    environment = ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+    launch(2, tmp_path, ran / "recipe.yaml", "--output_dir", tmp_path / "out", **environment)
+    assert list(checkpoints(tmp_path / "out").glob(f"checkpoint-{STEPS}/global_step*/*optim_states.pt")), "plain DDP"
+    assert max(abs(a - b) for a, b in zip(losses(ran / "one"), losses(tmp_path / "out"), strict=True)) <= 1e-5
+    assert_close(ran / "one", tmp_path / "out")
+    kept = tmp_path / "kept"
+    shutil.copytree(checkpoints(tmp_path / "out"), kept)
+    shutil.rmtree(kept / f"checkpoint-{STEPS}")
+    where = ("--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", kept)
+    launch(2, tmp_path, ran / "recipe.yaml", *where, **environment)
+    assert_close(tmp_path / "out", tmp_path / "resumed", tolerance=0.0)

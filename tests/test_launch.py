@@ -53,12 +53,16 @@ def test_a_launch_that_fits_passes(environment, num_gpus) -> None:
     check_launch(environment, num_gpus)
 
 
+def test_a_recipe_for_the_cpu_needs_no_gpu() -> None:
+    check_launch({"LOCAL_WORLD_SIZE": "2"}, 0, use_cpu=True)
+
+
 def test_scripts_ask_before_anything_else(monkeypatch, capsys) -> None:
     import run_pretrain
 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    monkeypatch.setattr("sys.argv", ["run_pretrain.py", "recipes/tiny/phase1.yaml"])
+    monkeypatch.setattr("sys.argv", ["run_pretrain.py", str(ROOT / "recipes/tiny/phase1.yaml"), "--use_cpu", "false"])
     with pytest.raises(SystemExit) as stopped:
         run_pretrain.main()
     assert stopped.value.code == 2

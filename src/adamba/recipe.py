@@ -47,7 +47,6 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None, script: str
         UserError: for a missing or malformed file, an unknown key, a value of the wrong type, a required key that is
             absent, or a value the dataclass itself refuses; for a launch that does not fit this machine.
     """
-    check_launch()
     parser = AdambaParser(dataclass_types)
     return parser.parse_recipe(sys.argv[1:] if argv is None else list(argv), script or sys.argv[0])
 
@@ -98,6 +97,7 @@ class AdambaParser(TrlParser):
         in_file = self._checked_file(path) if path else {}
         on_command_line = self._checked_command_line(argv)
         values = in_file | on_command_line
+        check_launch(use_cpu=bool(values.get("use_cpu")))
         source = path or "command line"
         missing = [key for key in self.required if key not in values]
         if missing:
