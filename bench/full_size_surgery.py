@@ -25,7 +25,7 @@ from runs import ROOT, WORK, metrics_of, write_results
 
 FOLDER = WORK / "full_size"
 GIB = 2**30
-DISK_GB_A_LAYER = 1.1  # the two widest models, and a copy of one file
+DISK_GB, DISK_GB_A_LAYER = 3, 1  # the two widest models, and a copy of one file
 BASE = """
 import json, sys, torch
 from transformers import NanoChatConfig
@@ -104,7 +104,7 @@ def main() -> None:
     started = time.monotonic()
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
-    needed, free = DISK_GB_A_LAYER * layers, shutil.disk_usage(FOLDER).free / 1e9
+    needed, free = DISK_GB + DISK_GB_A_LAYER * layers, shutil.disk_usage(FOLDER).free / 1e9
     if free < needed:
         raise SystemExit(f"error: {FOLDER} needs {needed:.0f} GB, its disk has {free:.0f} GB free")
     watched([sys.executable, "-c", BASE, str(FOLDER / "base"), str(layers)])
