@@ -5,12 +5,14 @@ Processes are forked from this one, whose imports are done; `smoke/test_two_proc
 """
 
 import json
+import logging
 import multiprocessing
 import os
 import shutil
 import signal
 import socket
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -45,8 +47,8 @@ def rank_main(script: str, arguments: list[str], environment: dict[str, str], lo
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file  # and pytest's own handlers go
+        logging.basicConfig(stream=file, format="%(message)s", force=True)
         os.environ.update(environment)
         torch.set_num_threads(1)
         for state in (AcceleratorState, GradientState, PartialState):
@@ -54,6 +56,9 @@ def rank_main(script: str, arguments: list[str], environment: dict[str, str], lo
         sys.argv = [str(ROOT / "src" / script), *arguments]
         try:
             import_module(script.removesuffix(".py")).main()
+        except Exception:
+            traceback.print_exc()
+            raise
         finally:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
