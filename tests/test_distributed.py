@@ -77,7 +77,7 @@ def launch(num_processes: int, folder: Path, *arguments: str | Path, rows: int =
         processes.append(context.Process(target=rank_main, args=options))
         processes[-1].start()
     for process in processes:
-        process.join(timeout=400)
+        process.join(timeout=900)
     output = logs[0].read_text()
     codes = [process.exitcode for process in processes]
     assert codes == [0] * num_processes, (codes, output[-3000:], logs[-1].read_text()[-3000:])
