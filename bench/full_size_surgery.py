@@ -3,6 +3,7 @@ Surgery at full size on a small machine: a NanoChat-d32-sized base (random weigh
 through phases 0, 3a and 4a of the full plan, 2,048 -> 2,560 -> 4,096 channels, 10.8 B parameters.
 
     python bench/full_size_surgery.py            (half an hour on 2 cores, 4 GiB of memory, 35 GB of disk)
+    python bench/full_size_surgery.py --quick    (2 of the 32 layers: a minute, 5 GB of disk)
 
 Each phase is the plan's own recipe through `run_surgery.py`, which streams by itself where memory is short; what a
 phase read is deleted once it has been read. Reported: peak memory (VmHWM) above the largest single tensor (target: at
@@ -24,6 +25,7 @@ from runs import ROOT, WORK, metrics_of, write_results
 
 FOLDER = WORK / "full_size"
 GIB = 2**30
+DISK_GB, DISK_GB_A_LAYER = 3, 1  # the two widest models, and a copy of one file
 BASE = """
 import json, sys, torch
 from transformers import NanoChatConfig
@@ -97,11 +99,14 @@ def largest_tensor(folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32, help="fewer, for a first try")
-    layers = parser.parse_args().layers
+    parser.add_argument("--quick", action="store_true", help="2 layers instead of 32")
+    layers = 2 if parser.parse_args().quick else 32
     started = time.monotonic()
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
+    needed, free = DISK_GB + DISK_GB_A_LAYER * layers, shutil.disk_usage(FOLDER).free / 1e9
+    if free < needed:
+        raise SystemExit(f"error: {FOLDER} needs {needed:.0f} GB, its disk has {free:.0f} GB free")
     watched([sys.executable, "-c", BASE, str(FOLDER / "base"), str(layers)])
     rows, source = [], FOLDER / "base"
     for phase in ("phase0", "phase3a", "phase4a"):
@@ -111,7 +116,7 @@ def main() -> None:
             "output_dir": target,
             "dtype": "bfloat16",
             "mix": "calculator=1.0",
-            "max_length": 64,
+            "max_length": 32,
             "num_check_rows": 1,
             "streaming": "true",
         }
@@ -133,6 +138,7 @@ def main() -> None:
             "copy_seconds": copying,
             "write_cpu_seconds": metrics["write_cpu_seconds"],
             "write_against_copy": metrics["write_seconds"] / copying,
+            "write_cpu_against_copy": metrics["write_cpu_seconds"] / copying,
             "whole_run_seconds": found["seconds"],
             "whole_run_cpu_seconds": found["cpu_seconds"],
             "max_state_diff_of_any_layer": max(by_layer.values()),

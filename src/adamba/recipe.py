@@ -20,6 +20,7 @@ from trl import TrlParser
 
 from adamba.errors import UserError, one_line
 from adamba.fingerprint import fingerprint_code
+from adamba.launch import check_launch
 from adamba.recipe_file import Recipe, read_recipe
 from adamba.recipe_values import contains, describe, fit, fit_text
 
@@ -44,7 +45,7 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None, script: str
 
     Raises:
         UserError: for a missing or malformed file, an unknown key, a value of the wrong type, a required key that is
-            absent, or a value the dataclass itself refuses.
+            absent, or a value the dataclass itself refuses; for a launch that does not fit this machine.
     """
     parser = AdambaParser(dataclass_types)
     return parser.parse_recipe(sys.argv[1:] if argv is None else list(argv), script or sys.argv[0])
@@ -96,6 +97,7 @@ class AdambaParser(TrlParser):
         in_file = self._checked_file(path) if path else {}
         on_command_line = self._checked_command_line(argv)
         values = in_file | on_command_line
+        check_launch(use_cpu=bool(values.get("use_cpu")))
         source = path or "command line"
         missing = [key for key in self.required if key not in values]
         if missing:

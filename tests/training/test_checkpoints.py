@@ -108,6 +108,9 @@ def test_a_disk_too_small_is_refused_before_the_first_step(make_trainer, monkeyp
 def test_a_folder_of_another_run_is_refused_with_its_differences(make_trainer, tmp_path: Path) -> None:
     ours = {"code": "c", "inputs": "i", "values": {"learning_rate": 0.1, "max_steps": 4, "logging_steps": 1}}
     theirs = {"code": "c", "inputs": "j", "values": {"learning_rate": 0.2, "logging_steps": 9, "seed": 1}}
+    # the same rows in a step, spread otherwise, are the same batches
+    ours["values"]["per_device_train_batch_size"], theirs["values"]["gradient_accumulation_steps"] = 4, 2
+    ours["rows_per_step"], theirs["rows_per_step"] = 8, 8
     sign(tmp_path / "trainer", ours)
     sign(tmp_path / "other", theirs)
     seal(write_checkpoint(tmp_path / "other", 2))
@@ -125,7 +128,7 @@ def test_a_folder_of_another_run_is_refused_with_its_differences(make_trainer, t
 
 
 def test_a_moved_folder_of_the_same_run_is_resumed_from(make_trainer, tmp_path: Path) -> None:
-    record = {"code": "c", "inputs": "i", "values": {"max_steps": 4}}
+    record = {"code": "c", "inputs": "i", "values": {"max_steps": 4}, "rows_per_step": 4}
     sign(tmp_path / "trainer", record)
     train(make_trainer(hybrid(0), **SAVING))
     shutil.rmtree(tmp_path / "trainer/checkpoint-4")

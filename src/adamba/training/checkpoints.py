@@ -26,6 +26,7 @@ logger = logging.getLogger("adamba")
 SEAL = "complete.json"
 RUN = "run.json"  # in a run's folder of checkpoints: whose they are
 MAX_DIFFERENCES = 6
+BATCH_KEYS = {"per_device_train_batch_size", "gradient_accumulation_steps"}  # how rows spread; their product counts
 
 
 def seal(checkpoint: Path) -> None:
@@ -112,7 +113,7 @@ def seal_what_is_saved(trainer: Trainer) -> None:
 
 
 def sign(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write down whose checkpoints a folder holds: `{"code", "inputs", "values"}`."""
+    """Write down whose checkpoints a folder holds: `{"code", "inputs", "values", "rows_per_step"}`."""
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f"{RUN}.tmp"
     aside.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
@@ -128,8 +129,9 @@ def differences(folder: Path, record: Mapping[str, Any]) -> list[str] | None:
         theirs = json.loads((folder / RUN).read_text(encoding="utf-8"))
         ours = json.loads(json.dumps(record, default=str))
         found = []
-        for key in sorted({*theirs["values"], *ours["values"]} - KEYS_WITHOUT_EFFECT):
-            there, here = theirs["values"].get(key, "unset"), ours["values"].get(key, "unset")
+        before, now = ({**of["values"], "rows_per_step": of["rows_per_step"]} for of in (theirs, ours))
+        for key in sorted({*before, *now} - KEYS_WITHOUT_EFFECT - BATCH_KEYS):
+            there, here = before.get(key, "unset"), now.get(key, "unset")
             if there != here:
                 found.append(f"{key}: {there} there, {here} here")
         found += [f"other {part}" for part in ("code", "inputs") if theirs[part] != ours[part]]

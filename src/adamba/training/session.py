@@ -45,7 +45,13 @@ def start(args: TrainingArguments, recipe: Recipe, inputs: Mapping[str, str]) ->
     args.output_dir = str(folder)
     if args.process_index == 0:
         parts = run_fingerprint(recipe.code, recipe.values, inputs)
-        record = {"code": parts["code"], "inputs": parts["inputs"], "values": recipe.values}
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        record = {"code": parts["code"], "inputs": parts["inputs"], "values": recipe.values, "rows_per_step": rows}
+        if changed := differences(folder, record):
+            raise UserError(
+                f"output_dir: {folder} was trained by another number of processes ({'; '.join(changed)}); keep it, or "
+                f"give batch sizes with the same rows per step and that folder as resume_from_checkpoint"
+            )
         for other in folder.parent.glob("*/checkpoint-*") if not folder.exists() else ():
             found = differences(other.parent, record)
             if found:
