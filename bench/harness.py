@@ -95,7 +95,8 @@ def main() -> None:
     command("run_surgery.py", *surgery, "--model_name_or_path", options.checkpoint, "--output_dir", sliced)
     for width, checkpoint in (("full", options.checkpoint), (options.width, sliced)):
         rows.append({"task": "adamba_choice", "width": width, "acc": harness(checkpoint, "adamba_choice")["acc,none"]})
-    write_results("harness", rows, started, lm_eval=importlib.metadata.version("lm_eval"), questions=options.rows)
+    facts = {"lm_eval": importlib.metadata.version("lm_eval"), "questions": options.rows}
+    write_results("harness", rows, started, command=" ".join(["python bench/harness.py", *sys.argv[1:]]), **facts)
 
 
 if __name__ == "__main__":

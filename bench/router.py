@@ -213,7 +213,9 @@ def main() -> None:
             command("run_sft.py", f"recipes/router/{name}.yaml", "--disable_tqdm", "true")
         checkpoint = "checkpoints/router/router"
     rows = bench(checkpoint, options.prompts, options.max_new_tokens)
-    write_results("router", rows, started, target="auto above the line between the fixed widths, narrower where easy")
+    said = " ".join(["python bench/router.py", *sys.argv[1:]])
+    target = "auto above the line between the fixed widths, narrower where easy"
+    write_results("router", rows, started, command=said, target=target)
 
 
 if __name__ == "__main__":

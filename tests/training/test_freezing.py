@@ -39,7 +39,9 @@ def test_each_part_is_what_its_name_says(seed: int) -> None:
 
 
 def test_an_unknown_or_absent_part_is_refused() -> None:
-    with pytest.raises(UserError, match="train_only: 'attention' is unknown; use all, mamba, gates, router, mamba_and_gates"):
+    with pytest.raises(
+        UserError, match="train_only: 'attention' is unknown; use all, mamba, gates, router, mamba_and_gates"
+    ):
         freeze_all_but(hybrid(0), "attention")
     with pytest.raises(UserError, match="train_only: 'mamba' matches no parameter of this LlamaForCausalLM"):
         freeze_all_but(dense_base("llama"), "mamba")
