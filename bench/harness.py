@@ -11,6 +11,7 @@ a width by `--gen_kwargs width=ghost`; for its likelihoods the width is sliced o
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import random
@@ -81,6 +82,8 @@ def main() -> None:
     parser.add_argument("--width", default="whisper", help="level, or channels, beside the full width")
     parser.add_argument("--rows", type=int, default=100)
     options = parser.parse_args()
+    if importlib.util.find_spec("lm_eval") is None:
+        raise SystemExit("error: lm_eval is not installed: pip install -c constraints.txt -e '.[harness]'")
     started = time.monotonic()
     write_rows(AutoTokenizer.from_pretrained(options.checkpoint), options.rows)
     rows = []
@@ -92,7 +95,8 @@ def main() -> None:
     command("run_surgery.py", *surgery, "--model_name_or_path", options.checkpoint, "--output_dir", sliced)
     for width, checkpoint in (("full", options.checkpoint), (options.width, sliced)):
         rows.append({"task": "adamba_choice", "width": width, "acc": harness(checkpoint, "adamba_choice")["acc,none"]})
-    write_results("harness", rows, started, lm_eval=importlib.metadata.version("lm_eval"), questions=options.rows)
+    facts = {"lm_eval": importlib.metadata.version("lm_eval"), "questions": options.rows}
+    write_results("harness", rows, started, command=" ".join(["python bench/harness.py", *sys.argv[1:]]), **facts)
 
 
 if __name__ == "__main__":

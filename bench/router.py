@@ -9,7 +9,8 @@ The agent is phase 5 of the tiny family, trained on until its narrow widths call
 each a third: one-call questions (one operator), deep expressions, games of tic-tac-toe against the perfect opponent.
 FLOPs are those of a token at the widths of its turn, over all tokens of all turns, prompts included. Target: the
 router's point lies above the line between the fixed widths' points; its mean width on easy prompts is well under that
-on hard ones. And why all layers get one width: the quality of assignments that mix them.
+on hard ones. Two more tables: after which layers the tokens of each kind leave at the checkpoint's exit threshold, and
+why all layers get one width (the quality of assignments that mix levels).
 """
 
 import argparse
@@ -17,6 +18,7 @@ import itertools
 import random
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
@@ -93,6 +95,31 @@ def measure(model, tokenizer, rows: list[dict], max_new_tokens: int, width) -> d
     }
 
 
+def bench_exits(model: AdambaForCausalLM, tokenizer, kinds: dict[str, list[dict]], max_new: int, threshold: float):
+    """Share of each kind's tokens that leave after each layer, without the first of a turn (the prompt's pass)."""
+    generate, rows = model.generate, []
+    for kind, prompt_rows in kinds.items():
+        left: Counter[int] = Counter()
+
+        def count(input_ids, left=left, **kwargs):
+            output = generate(input_ids=input_ids, **kwargs)
+            new = output[:, input_ids.shape[1] + 1 :]
+            left.update(model.last_generation.exit_layers[:, 1:][new != kwargs["pad_token_id"]].tolist())
+            return output
+
+        model.generate = count
+        options = {"max_new_tokens": max_new, "generate_kwargs": {"exit_threshold": threshold}}
+        episodes = play(model, tokenizer, prompt_rows, **options)
+        model.generate = generate
+        total = left.total()
+        row = {"prompts": kind, "exit_threshold": threshold, "episodes": len(episodes)}
+        row["score"] = sum(episode.outcome["score"] for episode in episodes) / len(episodes)
+        row |= {f"left_after_layer_{layer}": left[layer] / total for layer in [*model.config.gate_layers]}
+        row["full_depth"] = left[model.config.num_hidden_layers - 1] / total
+        rows.append(row | {"mean_layers": sum((layer + 1) * n for layer, n in left.items()) / total})
+    return rows
+
+
 def line_at(points: list[tuple[float, float]], flops: float) -> float:
     """The best that two fixed widths, mixed at random, score at so many FLOPs."""
     best = max((score for cost, score in points if cost <= flops), default=0.0)
@@ -147,6 +174,8 @@ def bench_mixes(model: AdambaForCausalLM, tokenizer, count: int) -> list[dict]:
 def bench(path: str, count: int, max_new_tokens: int) -> list[dict]:
     model, tokenizer = load_model_and_tokenizer(ModelArguments(model_name_or_path=path))
     model.eval()
+    threshold = getattr(model.generation_config, "exit_threshold", None) or 0.95
+    model.generation_config.exit_threshold = None  # widths are measured at full depth
     kinds = prompts(count)
     results: list[dict] = []
     points = []
@@ -165,7 +194,8 @@ def bench(path: str, count: int, max_new_tokens: int) -> list[dict]:
             points.append((whole["flops_per_token"], whole["score"]))
         else:
             results[-1]["fixed_widths_score_at_these_flops"] = line_at(points, whole["flops_per_token"])
-    return results + bench_mixes(model, tokenizer, 24)
+    results += bench_exits(model, tokenizer, kinds, max_new_tokens, threshold)
+    return results + bench_mixes(model, tokenizer, 12)
 
 
 def main() -> None:
@@ -183,7 +213,9 @@ def main() -> None:
             command("run_sft.py", f"recipes/router/{name}.yaml", "--disable_tqdm", "true")
         checkpoint = "checkpoints/router/router"
     rows = bench(checkpoint, options.prompts, options.max_new_tokens)
-    write_results("router", rows, started, target="auto above the line between the fixed widths, narrower where easy")
+    said = " ".join(["python bench/router.py", *sys.argv[1:]])
+    target = "auto above the line between the fixed widths, narrower where easy"
+    write_results("router", rows, started, command=said, target=target)
 
 
 if __name__ == "__main__":

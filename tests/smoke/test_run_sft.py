@@ -91,9 +91,27 @@ def test_lora_is_merged_into_a_whole_checkpoint(monkeypatch, recipe, base, tmp_p
     assert not [name for name in changed if "gate" in name.split(".")[2] or "router" in name]
 
 
+def test_the_router_trains_alone_and_its_confidence_is_saved(monkeypatch, recipe, base, tmp_path):
+    changes = {"train_router": True, "router_budget": 0.9, "packing": False, "max_steps": 8, "learning_rate": 0.05}
+    run(monkeypatch, recipe(**changes))
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    changed = {name for name, tensor in trained.state_dict().items() if not tensor.equal(before[name])}
+    assert changed and all(name.startswith("model.router.") for name in changed)
+    assert trained.model.router.down_proj.is_trained
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert trained.generation_config.router_confidence == metrics["router_confidence"]
+    assert metrics["router_cost"] <= metrics["router_budget"] == 0.9
+    history = json.loads((tmp_path / "out/log_history.json").read_text())
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"train_router": True}, "train_router: needs packing: false"),
+        ({"train_router": True, "router_budget": 0.0}, "router_budget: 0.0 must be above 0"),
         ({"mix": {"calculater": 1.0}}, "did you mean 'calculator'"),
         ({"mix": {"calculator": -1.0}}, "weight of 'calculator' is -1"),
         ({"max_length": 12, "packing": False}, "max_length: 12 cuts off everything"),

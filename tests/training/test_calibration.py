@@ -19,6 +19,7 @@ from adamba.training.calibration import (
     text_measure,
     upper_bound,
 )
+from adamba.training.evaluation import GameSettings, play_tasks
 from models import dense_base, hybrid, tokens
 
 
@@ -91,6 +92,10 @@ def test_calibration_needs_trained_gates() -> None:
     for model in (AdambaForCausalLM(trained.config), dense_base("llama")):
         with pytest.raises(UserError, match="^calibrate: some/folder has no trained exit gates; phase 2 trains them"):
             require_gates(model, "some/folder")
+
+
+def test_a_task_with_no_episodes_is_not_played() -> None:
+    assert play_tasks(hybrid(0), None, GameSettings({"calculator": 0})) == {}
 
 
 def test_text_losses_are_those_of_decoding_with_exits() -> None:

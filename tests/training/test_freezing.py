@@ -21,9 +21,10 @@ def parts_of(model: AdambaForCausalLM) -> dict[str, set[str]]:
         for name, _ in layer.named_parameters()
     }
     gates = {f"model.exit_gates.{name}" for name, _ in model.model.exit_gates.named_parameters()}
-    gates |= {f"model.router.{name}" for name, _ in model.model.router.named_parameters()}
+    router = {f"model.router.{name}" for name, _ in model.model.router.named_parameters()}
+    gates |= router
     everything = {name for name, _ in model.named_parameters()}
-    return {"all": everything, "mamba": mamba, "gates": gates, "mamba_and_gates": mamba | gates}
+    return {"all": everything, "mamba": mamba, "gates": gates, "router": router, "mamba_and_gates": mamba | gates}
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -39,7 +40,9 @@ def test_each_part_is_what_its_name_says(seed: int) -> None:
 
 
 def test_an_unknown_or_absent_part_is_refused() -> None:
-    with pytest.raises(UserError, match="train_only: 'attention' is unknown; use all, mamba, gates, mamba_and_gates"):
+    with pytest.raises(
+        UserError, match="train_only: 'attention' is unknown; use all, mamba, gates, router, mamba_and_gates"
+    ):
         freeze_all_but(hybrid(0), "attention")
     with pytest.raises(UserError, match="train_only: 'mamba' matches no parameter of this LlamaForCausalLM"):
         freeze_all_but(dense_base("llama"), "mamba")
