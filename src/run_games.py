@@ -78,7 +78,9 @@ def main() -> None:
         figures |= {"success_low": low, "success_high": high}
         metrics |= {f"{key}_{way}": value for key, value in figures.items()}
         transcripts += [{"way": way, **example} for example in examples(played, args.num_examples)]
-        logger.info("%s, %s: %.1f %% [%.1f, %.1f]", task, way, *(100 * x for x in (figures["success_rate"], low, high)))
+        logger.info(
+            "%s, %s: %.1f %% [%.1f, %.1f]", task, way, *(100 * x for x in (figures["success_rate"], low, high))
+        )
     metrics["eval_seconds"] = time.monotonic() - started
     (folder / "games.json").write_text(json.dumps({"task": task, "transcripts": transcripts}, indent=1) + "\n")
     update_metrics(folder, metrics)
@@ -95,7 +97,9 @@ def ways_to_play(
     recipe = read_recipe(folder / "recipe.yaml")
     tasks = [name for name in recipe.get("mix", {}) if name in TASKS]
     if len(tasks) != 1:
-        raise UserError(f"{folder / 'recipe.yaml'}: key 'mix': needs exactly one task, has {', '.join(tasks) or 'none'}")
+        raise UserError(
+            f"{folder / 'recipe.yaml'}: key 'mix': needs exactly one task, has {', '.join(tasks) or 'none'}"
+        )
     settings = dict((recipe.get("task_settings") or {}).get(tasks[0], {}))
     shown_roles, fraction = settings.pop("roles", None), settings.pop("role_fraction", 0.0)
     roles = recipe.get("roles") or shown_roles
@@ -104,10 +108,15 @@ def ways_to_play(
     if not has_adapters:
         return tasks[0], settings, roles, {"team": None}
     names = list(roles)
-    return tasks[0], settings, roles, {
-        "team": dict(zip(names, names, strict=True)),
-        "team_swapped": dict(zip(names, names[1:] + names[:1], strict=True)),
-    }
+    return (
+        tasks[0],
+        settings,
+        roles,
+        {
+            "team": dict(zip(names, names, strict=True)),
+            "team_swapped": dict(zip(names, names[1:] + names[:1], strict=True)),
+        },
+    )
 
 
 if __name__ == "__main__":

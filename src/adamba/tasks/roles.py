@@ -70,7 +70,9 @@ def select_roles(given: Iterable[str] | Mapping[str, Any], environment_class: ty
         for tool in role.tools:
             if tool not in known_tools:
                 offered = ", ".join(known_tools) or "none"
-                raise UserError(f"roles: {name}: no tool named {tool!r} in {environment_class.__name__}; use {offered}")
+                raise UserError(
+                    f"roles: {name}: no tool named {tool!r} in {environment_class.__name__}; use {offered}"
+                )
         roles.append(role)
     if all(role.speaks == "proposal" for role in roles):
         raise UserError(f"roles: {', '.join(overrides) or 'none'} cannot act; add one that does, for instance actor")
@@ -91,9 +93,7 @@ def role_tools(role: Role, environment_class: type) -> list[dict]:
     return [schema for schema in schemas if not role.tools or schema["function"]["name"] in role.tools]
 
 
-def role_example(
-    environment: Any, roles: Sequence[Role], worse: Any, task: str, seed: int, split: Split
-) -> Row:
+def role_example(environment: Any, roles: Sequence[Role], worse: Any, task: str, seed: int, split: Split) -> Row:
     """One turn of one role in a puzzle that the solver plays, `{"messages", "tools"}`: a random role, a random turn.
 
     Args:

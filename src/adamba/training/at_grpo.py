@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import TrainerCallback
 
 from adamba.errors import UserError
 from adamba.tasks.roles import Role
 from adamba.training.agent_trainer import AgentGRPOTrainer
 from adamba.training.games import Group, play_games
-from adamba.training.role_adapters import activate, save_roles
+from adamba.training.role_adapters import activate, save_roles, train_all_roles
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,11 @@ class AtGrpoTrainer(AgentGRPOTrainer):
             args.beta = 0.0
         super().__init__(reward_funcs=[team, local], rollout_func=self._play_batch, **kwargs)
         self.beta = args.beta = beta
-        if team_settings.per_role:
-            self.add_callback(_TrainAllAdapters())
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.team_settings.per_role:
+            train_all_roles(self.accelerator.unwrap_model(self.model))
+        return super().create_optimizer(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A checkpoint to resume from holds the adapters; what is published, the base beside them."""
@@ -171,9 +172,13 @@ class AtGrpoTrainer(AgentGRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         self._row_roles = inputs["role_index"]
+        if self.team_settings.per_role:
+            train_all_roles(self.accelerator.unwrap_model(model))  # the reference's pass has frozen some
         return super()._compute_loss(model, inputs)
 
-    def _get_per_token_logps_and_entropies(self, model: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         """With an adapter a role: each role's rows under its own, put back in their order."""
         parent = super()._get_per_token_logps_and_entropies
         if not self.team_settings.per_role:
@@ -190,12 +195,3 @@ class AtGrpoTrainer(AgentGRPOTrainer):
         logps = torch.cat([part[0] for part in parts])[back]
         entropies = None if parts[0][1] is None else torch.cat([part[1] for part in parts])[back]
         return logps, entropies, None
-
-
-class _TrainAllAdapters(TrainerCallback):
-    """A resumed model comes back with only one adapter trainable."""
-
-    def on_train_begin(self, args, state, control, model: PeftModel | None = None, **kwargs):
-        if isinstance(model, PeftModel):
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_("lora_" in name)

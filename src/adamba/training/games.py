@@ -127,7 +127,9 @@ def consider(game: Game, text: str) -> Candidate:
     environment, role = game.environment, game.role
     if role.speaks == "answer":
         outcome = environment._outcome(content)
-        return Candidate(text, environment, "", team_value(outcome), float(not calls and outcome["well_formed"] == 1.0))
+        return Candidate(
+            text, environment, "", team_value(outcome), float(not calls and outcome["well_formed"] == 1.0)
+        )
     if role.speaks == "proposal":
         tool = getattr(environment, "_tool", None)
         usable = bool(content) and not calls and len(content) <= MAX_NOTE_CHARACTERS
