@@ -10,15 +10,13 @@ MEASURED := $(if $(RECIPES),$(RECIPES),recipes/tiny)
 RECIPES ?= recipes
 CHECKPOINT ?=
 ARGS ?=
-# One process on a CPU needs no launcher, and starts seconds earlier without.
-ifneq ($(filter recipes/tiny recipes/agents recipes/games,$(RECIPES)),)
-LAUNCH ?= python
-endif
-# A launcher that is given replaces the recipe's own and its accelerate config.
+# A launcher that is given replaces the recipe's own and its accelerate config. On a CPU a recipe that names no config is
+# one process, which needs no launcher and starts seconds earlier without.
+PLAIN := $(if $(filter recipes/tiny recipes/agents recipes/games,$(RECIPES)),python,accelerate launch --quiet)
 ifdef LAUNCH
 LAUNCHER := s|^\# *accelerate launch( --config_file [^ ]+)?|$(LAUNCH)|p
 else
-LAUNCHER := s|^\# *accelerate launch|accelerate launch --quiet|p
+LAUNCHER := s|^\# *accelerate launch (--config_file)|accelerate launch --quiet \1|p; s|^\# *accelerate launch ([^-])|$(PLAIN) \1|p
 endif
 
 STAMP := .venv/.installed
@@ -30,7 +28,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 # A recipe's first line is the command that launches it; $(1) is the recipe's path.
 define launch
-@command=$$(sed -nE '1$(LAUNCHER)' $(1) 2>/dev/null || true); \
+@command=$$(sed -nE '1{$(LAUNCHER);}' $(1) 2>/dev/null || true); \
 if [ -z "$$command" ]; then echo "error: $(1): no such recipe, or its first line is not '# accelerate launch ...'" >&2; exit 2; fi; \
 command="$$command$(if $(ARGS), $(ARGS))"; echo "$$command"; exec $$command
 endef
@@ -150,6 +148,10 @@ chat: $(STAMP)  ## talk to CHECKPOINT=<folder> (default: the furthest phase) in 
 .PHONY: report
 report: $(STAMP)  ## draw reports/<family>/report.html and report.json from all checkpoints of a family
 	$(OFFLINE) $(PY) src/run_report.py $(MEASURED) $(ARGS)
+
+.PHONY: plan
+plan: $(STAMP)  ## what RECIPES costs: tokens, FLOPs, hours, dollars, memory (ARGS="--gpu h100 --max-usd 500")
+	$(PY) src/run_plan.py $(RECIPES) $(if $(filter recipes recipes/,$(RECIPES)),--max-usd 1000) $(ARGS)
 
 .PHONY: bench
 bench: $(STAMP)  ## every measurement of bench/, one after another

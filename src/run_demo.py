@@ -59,7 +59,7 @@ class Board:
     def start(self, step: Step, why: str) -> None:
         self.running, self.started, self.printed = step, time.monotonic(), time.monotonic()
         self.rows[id(step)] = ("running", why, "")
-        self._print(f"{title(step)}: {why}; running accelerate launch {' '.join(step.arguments)}")
+        self._print(f"{title(step)}: {why}; running {' '.join(step.command)}")
 
     def line(self, line: str) -> None:
         """Show the newest line of the running command."""
@@ -124,7 +124,7 @@ def run_steps(steps: list[Step], logs: Path, console: Console) -> None:
                 continue
             board.start(step, why)
             log = logs / f"{step.name}{'_eval' if step.evaluation else ''}.log"
-            code = run_logged([sys.executable, *step.arguments], log, on_line=board.line, environment=environment())
+            code = run_logged(step.command, log, on_line=board.line, environment=environment())
             if code == 0:
                 step.record()
                 board.finish(step, "done", headline(step))
@@ -137,15 +137,16 @@ def run_steps(steps: list[Step], logs: Path, console: Console) -> None:
     for text in last_lines(log, NUM_LOG_LINES_ON_FAILURE):
         console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"\n{title(step)} failed. Run it alone, with everything on the terminal:", style="bold red")
-    console.print(f"  {sys.executable} {' '.join(step.arguments)}", highlight=False, soft_wrap=True)
+    console.print(f"  {' '.join(step.command)}", highlight=False, soft_wrap=True)
     raise SystemExit(code if code > 0 else 1)
 
 
 def environment() -> dict[str, str]:
-    """This environment, for a run that needs no network and whose log has no colour."""
+    """This environment, for a run that needs no network, is of this interpreter, and whose log has no colour."""
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
     plain = {"PYTHONUNBUFFERED": "1", "NO_COLOR": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "150"}
-    return {**os.environ, **offline, **plain}
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    return {**os.environ, **offline, **plain, "PATH": path}
 
 
 @user_errors()

@@ -16,12 +16,14 @@ from adamba.errors import UserError, user_errors
 from adamba.loading import ModelArguments, load_model_and_tokenizer
 from adamba.recipe import parse
 from adamba.training.agent_rows import preference_rows
+from adamba.training.caps import SpendingCaps
+from adamba.training.freezing import freeze_idle
 from adamba.training.lora import LoraArguments, merge_adapters, peft_config
 from adamba.training.session import finish, logger, measures, start, train
 
 
 @dataclass
-class PreferenceConfig(DPOConfig):
+class PreferenceConfig(SpendingCaps, DPOConfig):
     """`DPOConfig` and how many pairs there are."""
 
     trust_remote_code: bool = field(default=False, init=False)  # the key is ModelArguments'
@@ -51,6 +53,7 @@ def main() -> None:
         held_out = preference_rows(data_args.mix, args.num_eval_pairs, split="test", **options)
 
     model, tokenizer = load_model_and_tokenizer(model_args, training=True)
+    freeze_idle(model)
     trainer = DPOTrainer(
         model=model,
         args=args,

@@ -11,7 +11,7 @@ import itertools
 import time
 from dataclasses import dataclass, field
 
-import torch
+from accelerate import PartialState
 
 from adamba.data import load_mixture, pack_rows
 from adamba.data.arguments import DataArguments
@@ -61,12 +61,13 @@ class EvalArguments:
 def main() -> None:
     model_args, data_args, args, _ = parse(ModelArguments, DataArguments, EvalArguments)
     calibration = calibration_settings(args.calibrate)
-    setup_logging()
+    state = PartialState()
+    setup_logging(state.is_main_process)
     started = time.monotonic()
     model, tokenizer = load_model_and_tokenizer(model_args)
     if calibration is not None:
         require_gates(model, model_args.model_name_or_path)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model.to(state.device).eval()
     if isinstance(model, AdambaForCausalLM):
         for option in OPTIONS:  # each is measured by itself, whatever the checkpoint's own choice is
             setattr(model.generation_config, option, None)
@@ -102,6 +103,8 @@ def main() -> None:
         metrics |= play_tasks(model, tokenizer, games)
     if isinstance(model, AdambaForCausalLM):
         metrics |= elastic_metrics(model, tokenizer, rows, args, sweep)
+    if not state.is_main_process:
+        return
     if calibration is not None:
         metrics |= calibrate_checkpoint(model, tokenizer, model_args.model_name_or_path, games, spare, calibration)
     metrics["eval_seconds"] = time.monotonic() - started

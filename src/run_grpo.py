@@ -21,6 +21,7 @@ from adamba.training.agent_config import AgentConfig, team_settings, tool_call_l
 from adamba.training.agent_rows import prompt_rows
 from adamba.training.agent_trainer import AgentGRPOTrainer
 from adamba.training.at_grpo import AtGrpoTrainer
+from adamba.training.freezing import freeze_idle
 from adamba.training.lora import LoraArguments, merge_adapters, peft_config
 from adamba.training.role_adapters import add_role_adapters
 from adamba.training.session import finish, logger, measures, start, train
@@ -48,6 +49,7 @@ def main() -> None:
         args.max_tool_calling_iterations = tool_call_limit(rows)
 
     model, tokenizer = load_model_and_tokenizer(model_args, training=True)
+    freeze_idle(model)
     common = {
         "args": args,
         "train_dataset": rows,

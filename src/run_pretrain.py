@@ -18,7 +18,7 @@ from adamba.model import AdambaForCausalLM
 from adamba.recipe import parse
 from adamba.surgery import sort_by_importance
 from adamba.training.elastic import ElasticArguments
-from adamba.training.freezing import freeze_all_but
+from adamba.training.freezing import freeze_all_but, freeze_idle
 from adamba.training.pretraining import PretrainConfig, PretrainTrainer
 from adamba.training.session import finish, logger, measures, start, train
 
@@ -42,7 +42,9 @@ def main() -> None:
         calibration = [row["input_ids"] for row in itertools.islice(packed, args.num_calibration_rows)]
         sort_by_importance(model, torch.tensor(calibration).split(8))
         logger.info("sorted channels, heads and units by importance on %d rows", len(calibration))
-    learning = freeze_all_but(model, args.train_only)
+    freeze_all_but(model, args.train_only)
+    freeze_idle(model, elastic_args)
+    learning = model.num_parameters(only_trainable=True)
     logger.info("%s: %d of %d parameters learn", args.train_only, learning, model.num_parameters())
 
     trainer = PretrainTrainer(

@@ -1,8 +1,10 @@
 """
-Supervised fine-tuning on conversations with tools: phase 5, and agents.
+Supervised fine-tuning on conversations with tools: phase 5, and agents. With `train_router: true` the width router
+learns by itself, from the same conversations, which widths they need.
 
     accelerate launch src/run_sft.py recipes/tiny/phase5.yaml
     accelerate launch src/run_sft.py recipes/tiny/phase5.yaml --max_steps 10 --mix calculator=1.0,tic_tac_toe=0.5
+    accelerate launch src/run_sft.py recipes/router/router.yaml --router_budget 0.5
 """
 
 from adamba.data import log_mix
@@ -12,15 +14,17 @@ from adamba.loading import ModelArguments, load_model_and_tokenizer
 from adamba.model import AdambaForCausalLM
 from adamba.recipe import parse
 from adamba.training.elastic import ElasticArguments
+from adamba.training.freezing import freeze_idle
 from adamba.training.lora import LoraArguments, merge_adapters, peft_config
+from adamba.training.routing import RouterArguments, RouterTrainer, prepare_router_run, set_budget
 from adamba.training.session import finish, logger, measures, start, train
 from adamba.training.sft import MixSFTConfig, MixSFTTrainer, eval_datasets, evaluate_sources, token_rows
 
 
 @user_errors()
 def main() -> None:
-    model_args, data_args, elastic_args, lora_args, args, recipe = parse(
-        ModelArguments, DataArguments, ElasticArguments, LoraArguments, MixSFTConfig
+    model_args, data_args, elastic_args, router_args, lora_args, args, recipe = parse(
+        ModelArguments, DataArguments, ElasticArguments, RouterArguments, LoraArguments, MixSFTConfig
     )
     inputs = {"model": model_args.model_name_or_path} if model_args.model_name_or_path else {}
     inputs |= data_args.data_files
@@ -30,8 +34,12 @@ def main() -> None:
     model, tokenizer = load_model_and_tokenizer(model_args, data_args, training=True)
     if elastic_args.elastic and not isinstance(model, AdambaForCausalLM):
         raise UserError(f"elastic: needs a hybrid, but {model_args.model_name_or_path} is a {type(model).__name__}")
+    freeze_idle(model, elastic_args)
 
-    trainer = MixSFTTrainer(
+    if router_args.train_router:
+        prepare_router_run(model, router_args, args)
+    trainer_class = RouterTrainer if router_args.train_router else MixSFTTrainer
+    trainer = trainer_class(
         model=model,
         train_dataset=token_rows(data_args.mix, "train", data_args, tokenizer, args),
         eval_dataset=eval_datasets(data_args, tokenizer, args),
@@ -43,6 +51,8 @@ def main() -> None:
     )
     trained = train(trainer)
     trained |= evaluate_sources(trainer, data_args.mix)
+    if router_args.train_router:
+        trained |= set_budget(trainer, router_args.router_budget, data_args.mix)
     merge_adapters(trainer)
     rows_seen = trained["train_steps"] * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     metrics = trained | measures(trainer, trained["train_seconds"], rows_seen * args.max_length, args.max_length)

@@ -158,10 +158,38 @@ def test_a_hybrid_says_how_wide_and_deep_it_was(
     answer = session.answer("What is 1 + 1?", view)
     levels = set(hybrid.config.width_levels.values())
     assert answer.num_tokens >= 9 and set(answer.widths) <= levels | {hybrid.config.hidden_size}
-    if options.exit_threshold < 1:
+    if options.exit_threshold != 1:
         assert len(answer.layers) == answer.num_tokens and set(answer.layers) <= {1, 2, 3, 4}
     assert (answer.num_drafted > 0) == (options.exit_mode == "verify")
     assert turns and view.raw == "".join(turns)  # more than one turn if the random model happens to write a call
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "given", "used"),
+    [
+        ({}, {}, 0.95),
+        ({"exit_threshold": 0.2}, {}, 0.2),
+        ({"exit_threshold": 1.0}, {}, 1.0),
+        ({"exit_threshold": 0.2}, {"exit_threshold": 0.7}, 0.7),
+        ({"exit_threshold": 0.2}, {"exit_threshold": 1.0}, 1.0),
+        ({"exit_mode": "verify"}, {}, None),
+    ],
+)
+def test_the_calibrated_threshold_stands_unless_the_user_gives_one(
+    tokenizer: PreTrainedTokenizerFast, calibrated: dict, given: dict, used: float | None, monkeypatch
+) -> None:
+    model = AdambaForCausalLM(AdambaConfig.from_depth(4, vocab_size=512, hidden_size=32, intermediate_size=32))
+    for gate in model.model.exit_gates.values():
+        torch.nn.init.ones_(gate.down_proj.weight)  # as if trained
+    for key, value in calibrated.items():
+        setattr(model.generation_config, key, value)
+    seen, generate_at = [], model._generate_at
+    monkeypatch.setattr(
+        model, "_generate_at", lambda *inputs, **options: seen.append(options) or generate_at(*inputs, **options)
+    )
+    ChatSession(model, tokenizer, ChatOptions(max_new_tokens=1, **given), CALCULATOR).answer("Hello", Record())
+    assert seen[0]["exit_threshold"] == used
+    assert seen[0]["exit_mode"] == calibrated.get("exit_mode", "propagate")
 
 
 def test_a_dense_base_can_be_talked_to(tokenizer: PreTrainedTokenizerFast) -> None:

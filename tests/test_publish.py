@@ -13,7 +13,6 @@ from adamba.errors import UserError
 from adamba.fingerprint import run_fingerprint
 from adamba.publish import (
     is_complete,
-    last_checkpoint,
     publish,
     read_metrics,
     read_run,
@@ -194,13 +193,3 @@ def test_trainer_folder_is_apart_and_belongs_to_one_run(tmp_path):
     assert (
         trainer_dir(output_dir, dataclasses.replace(RECIPE, values=RECIPE.values | {"logging_steps": 1}), {}) == here
     )
-
-
-def test_interrupted_checkpoint_is_passed_over(tmp_path):
-    assert last_checkpoint(tmp_path / "absent") is None
-    for step in (9, 10, 100):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    assert last_checkpoint(tmp_path) is None
-    for step in (9, 10):
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")

@@ -88,7 +88,7 @@ def test_second_run_does_only_what_is_missing(family):
     assert done.returncode == 0, done.stdout + done.stderr
     assert ran == ["base", "base_eval", "phase0", "phase0_eval", "phase5", "phase5_eval"]
     assert "REPORT recipes/tiny" in done.stdout and "calculator 50.0%" in done.stdout
-    assert "accelerate launch src/run_train.py recipes/tiny/phase0.yaml" in done.stdout
+    assert "phase0: not run yet; running python src/run_train.py recipes/tiny/phase0.yaml" in done.stdout
     assert (family / "checkpoints/tiny/phase5/model.safetensors").read_text() == "basephase0phase5"
     assert (family / "logs/tiny/phase0_eval.log").exists()
 
@@ -185,3 +185,21 @@ def test_recipe_without_output_dir_or_script_is_named(family):
     assert "phase0.yaml: key 'output_dir': required" in demo(family)[0].stderr
     recipe.write_text(text.replace("run_train", "run_trane"))
     assert "phase0.yaml: its first line names src/run_trane.py, which does not exist" in demo(family)[0].stderr
+
+
+def test_a_recipe_that_names_an_accelerate_config_runs_in_its_processes(family):
+    config = (ROOT / "accelerate_configs/ddp_cpu.yaml").read_text()
+    (family / "two.yaml").write_text(config)
+    (family / "recipes/tiny/phase5.yaml").write_text(
+        "# accelerate launch --config_file two.yaml src/run_rank.py recipes/tiny/phase5.yaml\n"
+        "text: x\nmodel_name_or_path: checkpoints/tiny/phase0\noutput_dir: checkpoints/tiny/phase5\n"
+    )
+    mark = 'import os; print(f\'rank {os.environ["RANK"]} of {os.environ["WORLD_SIZE"]}\', flush=True)\n'
+    only_first = "if os.environ['RANK'] != '0': raise SystemExit\n"
+    (family / "src/run_rank.py").write_text(mark + only_first + TRAIN)
+    done, ran = demo(family)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "running accelerate launch --quiet --config_file two.yaml src/run_rank.py" in done.stdout
+    assert ran[-2:] == ["phase5", "phase5_eval"]
+    log = (family / "logs/tiny/phase5.log").read_text()
+    assert "rank 0 of 2" in log and "rank 1 of 2" in log

@@ -22,6 +22,7 @@ from adamba.tools import ToolCall, parse_tool_calls, run_tool_call
 from adamba.training.play import ToolResultIds
 
 MAX_TURNS = 12  # of the model in one answer: enough for the longest game, and a stop for a loop of calls
+UNCALIBRATED_THRESHOLD = 0.95  # of a checkpoint that says nothing of its own
 MIN_ROOM = 8  # tokens; with less left of the context there is no answer
 
 
@@ -33,20 +34,27 @@ class ChatOptions:
         default=None,
         metadata={"help": "auto, a level name (ghost, whisper, normal, think) or channels. Default: full."},
     )
-    exit_threshold: float = field(
-        default=0.95,
-        metadata={"help": "Leave at the first layer whose gate is surer than this; 1 never leaves early."},
+    exit_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Leave at the first layer whose gate is surer than this; 1 never leaves early. Default: what the "
+            f"checkpoint was calibrated to (run_eval.py --calibrate), else {UNCALIBRATED_THRESHOLD}."
+        },
     )
-    exit_mode: str = field(
-        default="propagate", metadata={"help": "propagate (faster) or verify (same tokens as full depth)."}
+    exit_mode: str | None = field(
+        default=None,
+        metadata={
+            "help": "propagate (faster) or verify (same tokens as full depth). Default: the checkpoint's, else "
+            "propagate."
+        },
     )
     temperature: float = field(default=0.0, metadata={"help": "0 takes the likeliest token."})
     max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of one turn."})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.exit_threshold <= 1:
+        if self.exit_threshold is not None and not 0 <= self.exit_threshold <= 1:
             raise UserError(f"exit_threshold: {self.exit_threshold} must be a probability from 0 to 1")
-        if self.exit_mode not in EXIT_MODES:
+        if self.exit_mode is not None and self.exit_mode not in EXIT_MODES:
             raise UserError(f"exit_mode: {self.exit_mode!r} is unknown; use {' or '.join(EXIT_MODES)}")
         if self.temperature < 0:
             raise UserError(f"temperature: {self.temperature} must not be negative")
@@ -190,8 +198,14 @@ class ChatSession:
             except ValueError as error:
                 raise UserError(str(error)) from error
         chosen["width"] = width
-        if self.model.config.gate_layers and options.exit_threshold < 1:
+        if self.model.config.gate_layers:
             chosen |= {"exit_threshold": options.exit_threshold, "exit_mode": options.exit_mode}
+            own_threshold, own_mode = (
+                getattr(self.model.generation_config, key, None) for key in ("exit_threshold", "exit_mode")
+            )
+            verify = (options.exit_mode or own_mode) == "verify"  # it loses nothing and finds its own limits
+            if options.exit_threshold is None and own_threshold is None and not verify:
+                chosen["exit_threshold"] = UNCALIBRATED_THRESHOLD
         return chosen
 
     def set_options(self, **changes: Any) -> None:

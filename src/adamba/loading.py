@@ -101,10 +101,15 @@ def load_model(args: ModelArguments, vocab_size: int | None = None) -> PreTraine
             trust_remote_code=args.trust_remote_code,
         )
     if args.add_chat_tokens and vocab_size is not None and vocab_size > model.config.vocab_size:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # new rows are drawn around the mean of the old ones, the same in every run
-            model.resize_token_embeddings(vocab_size)
+        grow_vocabulary(model, vocab_size)
     return model
+
+
+def grow_vocabulary(model: PreTrainedModel, vocab_size: int) -> None:
+    """New rows of embedding and head, drawn around the mean of the old ones, the same in every run."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.resize_token_embeddings(vocab_size)
 
 
 def load_checkpoint(name_or_path: str, dtype: str = "float32", **options) -> PreTrainedModel:

@@ -7,7 +7,7 @@ from pathlib import Path
 from adamba.errors import UserError
 from adamba.fingerprint import fingerprint_code, run_fingerprint
 from adamba.publish import read_run, record_evaluation, why_stale
-from adamba.recipe_file import launch_command, read_recipe
+from adamba.recipe_file import launch_command, launcher, read_recipe
 from adamba.report.reading import NOT_RUNS, PHASES
 
 EVALUATION = "eval"
@@ -33,10 +33,10 @@ class Step:
     evaluation: bool = False
 
     @property
-    def arguments(self) -> list[str]:
-        """What follows `python` or `accelerate launch` on the command line."""
+    def command(self) -> list[str]:
+        """The program and its arguments."""
         overrides = ["--model_name_or_path", self.checkpoint.as_posix()] if self.evaluation else []
-        return [str(self.script), str(self.recipe), *overrides]
+        return [*launcher(self.recipe), str(self.script), str(self.recipe), *overrides]
 
     def why_run(self) -> str | None:
         """None when a finished run of exactly this step is on disk, otherwise why there is none."""

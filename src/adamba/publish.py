@@ -178,18 +178,6 @@ def trainer_dir(output_dir: str | Path, recipe: Recipe, inputs: Mapping[str, str
     return output_dir.with_name(f"{output_dir.name}.trainer") / fingerprint[:12]
 
 
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest complete `checkpoint-N` in a Trainer's folder, for `trainer.train(resume_from_checkpoint=...)`.
-
-    The Trainer writes `trainer_state.json` last, so a checkpoint without it was interrupted and is passed over.
-    """
-    steps = [
-        int(path.parent.name.removeprefix("checkpoint-"))
-        for path in Path(folder).glob("checkpoint-*/trainer_state.json")
-    ]
-    return str(Path(folder) / f"checkpoint-{max(steps)}") if steps else None
-
-
 @contextmanager
 def _replacing(output_dir: Path, source: Any) -> Iterator[tuple[Path, bool]]:
     """Yield a fresh folder beside `output_dir` and whether this is the main process; rename it at the end."""

@@ -64,3 +64,15 @@ def launch_command(path: str | Path) -> list[str]:
     if words[:2] != ["accelerate", "launch"] or not any(word.endswith(".py") for word in words):
         raise UserError(f"{path}: its first line must be `# accelerate launch src/run_<what>.py <this recipe>`")
     return words
+
+
+def launcher(path: str | Path) -> list[str]:
+    """
+    What stands before a recipe's script: accelerate where its first line names a `--config_file`, else plain Python,
+    since one process needs no launcher and starts seconds earlier without.
+    """
+    words = launch_command(path)
+    if "--config_file" not in words:
+        return ["python"]
+    config = words[words.index("--config_file") + 1]
+    return ["accelerate", "launch", "--quiet", "--config_file", config]

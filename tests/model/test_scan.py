@@ -6,7 +6,10 @@ import pytest
 import torch
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan, mamba2_selective_state_update
 
-from adamba.model.scan_adamba import chunk_scan, scan_step
+from adamba.model import scan_adamba
+from adamba.model.convolution_adamba import causal_conv
+from adamba.model.recurrence_adamba import scan_step
+from adamba.model.scan_adamba import chunk_scan
 
 
 def inputs(seed: int, length: int, dtype: torch.dtype = torch.float32):
@@ -101,3 +104,42 @@ def test_no_state_crosses_a_document_border(chunk: int) -> None:
         part = {key: given[key] if key == "a" else given[key][:, start:end] for key in names}
         alone, _ = chunk_scan(*part.values(), given["d"], chunk)
         torch.testing.assert_close(packed[:, start:end], alone, rtol=1e-5, atol=1e-5)
+
+
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 3], [0, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2]])
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+def test_written_out_gradients_are_those_of_the_function(documents, rows_at_once: int, monkeypatch) -> None:
+    monkeypatch.setattr(
+        scan_adamba, "row_blocks", lambda x, *_: (slice(i, i + rows_at_once) for i in (0, 1)[::rows_at_once])
+    )
+    given = inputs(7, 11, torch.float64)
+    leaves = tuple(given[key].requires_grad_() for key in ("x", "dt", "a", "b", "c", "d", "state"))
+    assert torch.autograd.gradcheck(lambda *args: chunk_scan(*args[:6], 4, args[6], documents), leaves)
+
+
+@pytest.mark.parametrize("kernel", [1, 4])
+def test_convolution_stays_in_its_document_and_its_gradient_is_exact(kernel: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 11, 3), (3, kernel), (3,))
+    x, weight, bias = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes
+    )
+    packed = causal_conv(x, weight, bias, DOCUMENTS)
+    for row, borders in enumerate(([0, 3, 5, 6, 11], [0, 1, 8, 11])):
+        for start, end in itertools.pairwise(borders):
+            padded = torch.nn.functional.pad(x[row, start:end].T, (kernel - 1, 0))
+            alone = torch.nn.functional.silu(torch.nn.functional.conv1d(padded, weight[:, None], bias, groups=3))
+            torch.testing.assert_close(packed[row, start:end], alone.T)
+    assert torch.autograd.gradcheck(lambda *args: causal_conv(*args, DOCUMENTS), (x, weight, bias))
+
+
+def test_a_broken_document_does_not_break_its_neighbour() -> None:
+    given = inputs(9, 11)
+    x = torch.randn(2, 11, 3)
+    for broken in (given["x"], x):
+        broken[0, :3] = float("nan")
+    y = causal_conv(x, torch.randn(3, 4), torch.randn(3), DOCUMENTS)
+    assert y[0, 3:].isfinite().all() and y[0, :3].isnan().all()

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from adamba.errors import UserError
 from adamba.model import AdambaForCausalLM
 from adamba.surgery import insert_mamba
 from adamba.training.elastic import ElasticArguments
-from adamba.training.freezing import PARTS, freeze_all_but
+from adamba.training.freezing import PARTS, freeze_all_but, freeze_idle
 from models import dense_base, hybrid
 
 
@@ -68,3 +69,37 @@ def test_elastic_steps_move_each_trainable_weight_and_no_other(part: str, make_t
     make_trainer(model, arguments).train()
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad != torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("elastic", "idle"),
+    [
+        (None, {"exit_gates", "router"}),
+        (ElasticArguments(), {"exit_gates", "router"}),
+        (ElasticArguments(elastic=True, distill=False), {"router"}),
+        (ElasticArguments(elastic=True), set()),
+    ],
+)
+def test_what_no_loss_reaches_does_not_learn(elastic: ElasticArguments | None, idle: set[str]) -> None:
+    model = hybrid(0, first_exit_layer=2)
+    freeze_idle(model, elastic)
+    frozen = {name.split(".")[1] for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == idle
+
+
+@pytest.mark.parametrize("distill", [True, False])
+def test_every_weight_that_learns_has_a_gradient_in_every_step(distill: bool, make_trainer) -> None:
+    # Data parallelism waits for each of them; one without a gradient would stop the run at its second step.
+    model = hybrid(0, first_exit_layer=2)
+    arguments = ElasticArguments(elastic=True, distill=distill)
+    freeze_idle(model, arguments)
+    trainer = make_trainer(model, arguments)
+    missing = set()
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, *_args, **_kwargs):
+            missing.update(n for n, p in model.named_parameters() if p.requires_grad and p.grad is None)
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert not missing

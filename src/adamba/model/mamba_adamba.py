@@ -22,8 +22,10 @@ from transformers.models.mamba2.modeling_mamba2 import (
 from transformers.utils.import_utils import is_mamba_2_ssm_available
 
 from .configuration_adamba import AdambaConfig
+from .convolution_adamba import causal_conv, short_conv
 from .layers_adamba import ElasticRMSNorm
-from .scan_adamba import causal_conv, chunk_scan, scan_states, scan_step, short_conv
+from .recurrence_adamba import scan_states, scan_step
+from .scan_adamba import chunk_scan
 
 SHORT = 16  # tokens up to which the convolution is cheaper as a plain sum on a CPU
 TIME_STEP_MIN, TIME_STEP_MAX, TIME_STEP_FLOOR = 1e-3, 1e-1, 1e-4

@@ -7,12 +7,21 @@ Computed in chunks (Dao & Gu, 2024, section 6): inside a chunk as masked attenti
 states. Decay matrices are made per head, but scores C B^T once per *group*; transformers' fallback repeats B and C for
 each head first.
 
+The backward pass is written out: it makes the decay matrices again instead of keeping them, and a decay's gradient is
+row sums minus column sums, so training needs neither the memory nor half of autograd's passes over them.
+
 Shape legend: B batch, L tokens, C chunks, Q tokens of a chunk, G groups, H heads, J heads of a group, P head_dim,
 N state size.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+# Numbers of a row block on a CPU: what fits a core's second-level cache beside its temporaries.
+BLOCK_SIZE = 2**18
 
 
 def chunk_scan(
@@ -27,130 +36,158 @@ def chunk_scan(
     document_BL: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Returns y (B, L, H, P) and the last state (B, H, P, N).
+    Returns y (B, L, H, P) and the last state (B, H, P, N), in fp32 or, for fp64 inputs, fp64.
 
     Args:
         dt_BLH: step sizes, after bias and softplus.
         document_BL: a number for each document, changing at its border: no state crosses it.
     """
-    batch, length, heads, head_dim = x_BLHP.shape
-    groups, states = b_BLGN.shape[2:]
-    per_group = heads // groups
+    length = x_BLHP.shape[1]
     size = min(chunk_size, length)
     padding = -length % size
-    chunks = (length + padding) // size
-
-    def chunked(tensor: torch.Tensor, *tail: int) -> torch.Tensor:
-        """(B, L, ...) -> (B, C, Q, *tail); what is appended has dt = 0, so it neither decays nor writes."""
-        if padding:
-            tensor = F.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, padding))
-        return tensor.reshape(batch, chunks, size, *tail)
-
-    dt = chunked(dt_BLH, groups, per_group)
-    x = chunked(x_BLHP, groups, per_group, head_dim)
-    dx_BCGJQP = (x * dt[..., None]).permute(0, 1, 3, 4, 2, 5)
-    b_BCGQN = chunked(b_BLGN, groups, states).transpose(2, 3)
-    c_BCGQN = chunked(c_BLGN, groups, states).transpose(2, 3)
-    decay_BCGJQ = (dt * a_H.view(groups, per_group)).permute(0, 1, 3, 4, 2).cumsum(-1)
-
-    causal = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()
-    whole_chunk = carried_in = None
-    if document_BL is not None:
-        document = F.pad(document_BL, (0, padding), mode="replicate") if padding else document_BL
-        document = document.view(batch, chunks, size)
-        causal = causal & (document[..., :, None] == document[..., None, :])
-        causal = causal[:, :, None, None]
-        last = document[..., -1]
-        whole_chunk = (document == last[..., None])[:, :, None, None]  # reaches the end of the chunk
-        before = torch.cat((document[:, :1, 0], last[:, :-1]), dim=1)
-        carried_in = (document == before[..., None])[:, :, None, None]  # still the document that came in
-
-    # Inside a chunk: attention with scores C B^T, weighted by the decay between the two places.
-    between = decay_BCGJQ[..., :, None] - decay_BCGJQ[..., None, :]
-    weights = between.masked_fill(~causal, float("-inf")).exp()
-    scores = (c_BCGQN @ b_BCGQN.transpose(-1, -2))[:, :, :, None] * weights
-    y = scores @ dx_BCGJQP
-
-    # Between chunks: what each chunk adds to the state, and how much of the incoming state it leaves.
-    to_end = (decay_BCGJQ[..., -1:] - decay_BCGJQ).exp()
-    from_start = decay_BCGJQ.exp()
-    if whole_chunk is not None:
-        to_end, from_start = to_end * whole_chunk, from_start * carried_in
-    added = (dx_BCGJQP * to_end[..., None]).transpose(-1, -2) @ b_BCGQN[:, :, :, None]
-    kept = from_start[..., -1]
-    if initial_state is None:
-        state = added.new_zeros(batch, groups, per_group, head_dim, states)
-    else:
-        state = initial_state.to(added.dtype).view(batch, groups, per_group, head_dim, states)
-    incoming = []
-    for chunk in range(chunks):
-        incoming.append(state)
-        state = state * kept[:, chunk, ..., None, None] + added[:, chunk]
-    carried = c_BCGQN[:, :, :, None] @ torch.stack(incoming, dim=1).transpose(-1, -2)
-    y = y + carried * from_start[..., None]
-
-    y = y.permute(0, 1, 4, 2, 3, 5).reshape(batch, length + padding, heads, head_dim)[:, :length]
-    return y + x_BLHP * d_H[:, None], state.view(batch, heads, head_dim, states)
+    dtype = torch.promote_types(dt_BLH.dtype, torch.float32)
+    tensors = [tensor.to(dtype) for tensor in (x_BLHP, dt_BLH, b_BLGN, c_BLGN)]
+    if padding:  # what is appended has dt = 0, so it neither decays nor writes
+        tensors = [F.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, padding)) for tensor in tensors]
+        if document_BL is not None:
+            document_BL = F.pad(document_BL, (0, padding), mode="replicate")
+    x, dt, b, c = tensors
+    if initial_state is not None:
+        initial_state = initial_state.to(dtype)
+    with torch.autocast(x_BLHP.device.type, enabled=False):
+        y, last_state = ChunkScan.apply(x, dt, a_H.to(dtype), b, c, d_H.to(dtype), size, initial_state, document_BL)
+    return y[:, :length] if padding else y, last_state
 
 
-def scan_step(
-    x_BHP: torch.Tensor,
-    dt_BH: torch.Tensor,
-    a_H: torch.Tensor,
-    b_BGN: torch.Tensor,
-    c_BGN: torch.Tensor,
-    d_H: torch.Tensor,
-    state_BHPN: torch.Tensor,
-) -> torch.Tensor:
-    """One token; `state_BHPN` is updated in place. Returns y (B, H, P)."""
-    batch, heads, head_dim = x_BHP.shape
-    groups = b_BGN.shape[1]
-    state = state_BHPN.view(batch, groups, heads // groups, head_dim, -1)
-    dx = (x_BHP * dt_BH[..., None]).view(batch, groups, -1, head_dim, 1)
-    decay = (dt_BH * a_H).exp().view(batch, groups, -1, 1, 1)
-    state.mul_(decay).addcmul_(dx.to(state.dtype), b_BGN[:, :, None, None].to(state.dtype))
-    y = (state @ c_BGN[:, :, None, :, None].to(state.dtype)).view(batch, heads, head_dim)
-    return y.to(x_BHP.dtype) + x_BHP * d_H[:, None]
+def row_blocks(tensor: torch.Tensor, numbers_per_row: int | None = None) -> Iterator[slice]:
+    """Rows of a batch that are taken together: all on a GPU; on a CPU as many as its cache holds."""
+    rows = tensor.shape[0]
+    if tensor.device.type == "cpu":
+        rows = max(1, BLOCK_SIZE // max(1, numbers_per_row or tensor[0].numel()))
+    for start in range(0, tensor.shape[0], rows):
+        yield slice(start, start + rows)
 
 
-def scan_states(
-    x_BLHP: torch.Tensor,
-    dt_BLH: torch.Tensor,
-    a_H: torch.Tensor,
-    b_BLGN: torch.Tensor,
-    c_BLGN: torch.Tensor,
-    d_H: torch.Tensor,
-    state_BHPN: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A few tokens, none of which is final: y (B, L, H, P) and the state after each, (L, B, H, P, N)."""
-    batch, length, heads, head_dim = x_BLHP.shape
-    groups, size = b_BLGN.shape[2:]
-    split = (batch, length, groups, heads // groups)
-    x, dt, b, c = (part.to(state_BHPN.dtype) for part in (x_BLHP, dt_BLH, b_BLGN, c_BLGN))
-    decay = (dt * a_H).exp().view(*split, 1, 1).to(state_BHPN.dtype)
-    dx = (x * dt[..., None]).view(*split, head_dim, 1)
-    states = (dx * b[:, :, :, None, None]).transpose(0, 1).contiguous()
-    before = state_BHPN.view(batch, groups, heads // groups, head_dim, size)
-    for step in range(length):
-        before = states[step].addcmul_(before, decay[:, step])
-    y = (states.transpose(0, 1) @ c[:, :, :, None, :, None]).reshape(batch, length, heads, head_dim)
-    return y.to(x_BLHP.dtype) + x_BLHP * d_H[:, None], states.view(length, batch, heads, head_dim, size)
+class Chunks:
+    """What both passes need of some rows: inputs in chunks (B, C, G, J, Q, ...), decays and scores."""
+
+    def __init__(self, x, dt, a_H, b, c, size: int, document: torch.Tensor | None):
+        rows, length, heads, head_dim = x.shape
+        groups, states = b.shape[2:]
+        split = (rows, length // size, size, groups)
+        per_group = heads // groups
+        self.split = (*split, per_group)
+        self.dx = (x * dt[..., None]).view(*self.split, head_dim).permute(0, 1, 3, 4, 2, 5).contiguous()
+        self.b = b.reshape(*split, states).transpose(2, 3).contiguous()
+        self.c = c.reshape(*split, states).transpose(2, 3).contiguous()
+        decay = (dt * a_H).view(self.split).permute(0, 1, 3, 4, 2).cumsum(-1)
+        hidden = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
+        if document is not None:
+            document = document.view(rows, -1, size)
+            hidden = (hidden | (document[..., :, None] != document[..., None, :]))[:, :, None, None]
+        between = decay[..., :, None] - decay[..., None, :]
+        self.weights = between.masked_fill_(hidden, float("-inf")).exp_()
+        self.scores = (self.c @ self.b.transpose(-1, -2))[:, :, :, None] * self.weights
+        self.to_end = (decay[..., -1:] - decay).exp_()
+        self.from_start = decay.exp_()
+        if document is not None:
+            last = document[..., -1]
+            before = torch.cat((document[:, :1, 0], last[:, :-1]), dim=1)
+            self.to_end *= (document == last[..., None])[:, :, None, None]  # reaches the end of the chunk
+            self.from_start *= (document == before[..., None])[:, :, None, None]  # still what came in
+
+    def heads(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(B, L, H, P) -> (B, C, G, J, Q, P)"""
+        return tensor.reshape(*self.split, tensor.shape[-1]).permute(0, 1, 3, 4, 2, 5).contiguous()
+
+    def tokens(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(B, C, G, J, Q, ...) -> (B, L, H, ...)"""
+        rows, chunks, size, groups, per_group = self.split
+        order = (0, 1, 4, 2, 3, *range(5, tensor.ndim))
+        return tensor.permute(order).reshape(rows, chunks * size, groups * per_group, *tensor.shape[5:])
+
+    def group_tokens(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(B, C, G, Q, N) -> (B, L, G, N)"""
+        return tensor.transpose(2, 3).flatten(1, 2)
 
 
-def short_conv(window_BXW: torch.Tensor, weight_XK: torch.Tensor, bias_X: torch.Tensor) -> torch.Tensor:
-    """The causal convolution, then SiLU, of the last W - K + 1 places of a short window; cheaper than `conv1d`."""
-    seen_BXLK = window_BXW.unfold(-1, weight_XK.shape[1], 1)
-    return F.silu((seen_BXLK * weight_XK[:, None]).sum(-1) + bias_X[:, None])
+class ChunkScan(torch.autograd.Function):
+    """Tensors of one floating type, L a multiple of the chunk size; see `chunk_scan`."""
 
+    @staticmethod
+    def forward(ctx, x, dt, a_H, b, c, d_H, size, initial_state, document):
+        (batch, length, heads, head_dim), (groups, states) = x.shape, b.shape[2:]
+        state_shape = (groups, heads // groups, head_dim, states)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        incoming = x.new_empty(batch, length // size, *state_shape)
+        last_state = x.new_empty(batch, *state_shape)
+        for rows in row_blocks(x, length * heads * size):
+            part = Chunks(x[rows], dt[rows], a_H, b[rows], c[rows], size, None if document is None else document[rows])
+            out = part.scores @ part.dx
+            # Between chunks: what each chunk adds to the state, and how much of the incoming state it leaves.
+            added = (part.dx * part.to_end[..., None]).transpose(-1, -2) @ part.b[:, :, :, None]
+            kept = part.from_start[..., -1, None, None]
+            state = torch.zeros_like(added[:, 0])
+            if initial_state is not None:
+                state = initial_state[rows].view(state.shape)
+            for chunk in range(added.shape[1]):
+                incoming[rows, chunk] = state
+                state = torch.addcmul(added[:, chunk], state, kept[:, chunk])
+            last_state[rows] = state
+            carried = part.c[:, :, :, None] @ incoming[rows].transpose(-1, -2)
+            out.addcmul_(carried, part.from_start[..., None])
+            torch.addcmul(part.tokens(out), x[rows], d_H[:, None], out=y[rows])
+        ctx.save_for_backward(x, dt, a_H, b, c, d_H, incoming, document)
+        ctx.size, ctx.has_state = size, initial_state is not None
+        return y, last_state.view(batch, heads, head_dim, states)
 
-def causal_conv(
-    x_BLX: torch.Tensor, weight_XK: torch.Tensor, bias_X: torch.Tensor, document_BL: torch.Tensor
-) -> torch.Tensor:
-    """A causal depthwise convolution, then SiLU, that does not reach over document borders."""
-    kernel = weight_XK.shape[1]
-    out = x_BLX * weight_XK[:, -1] + bias_X
-    for back in range(1, min(kernel, x_BLX.shape[1])):
-        same = (document_BL[:, back:] == document_BL[:, :-back])[..., None]
-        shifted = x_BLX[:, :-back] * (weight_XK[:, -1 - back] * same)
-        out = out + F.pad(shifted, (0, 0, back, 0))
-    return F.silu(out)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y, grad_last):
+        x, dt, a_H, b, c, d_H, incoming, document = ctx.saved_tensors
+        grad_x, grad_dt, grad_b, grad_c = (
+            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, b, c)
+        )
+        grad_a, grad_d, grad_state = torch.zeros_like(a_H), torch.zeros_like(d_H), torch.empty_like(incoming[:, 0])
+        for rows in row_blocks(x, x.shape[1] * x.shape[2] * ctx.size):
+            part = Chunks(
+                x[rows], dt[rows], a_H, b[rows], c[rows], ctx.size, None if document is None else document[rows]
+            )
+            before, out = incoming[rows], part.heads(grad_y[rows])
+            grad_d += (grad_y[rows] * x[rows]).sum((0, 1, 3))
+
+            # Between chunks, backwards: what reached y from the incoming states, then the states' recurrence.
+            from_start = (out * (part.c[:, :, :, None] @ before.transpose(-1, -2))).sum(-1)
+            carried = out * part.from_start[..., None]
+            to_c = (carried @ before).sum(3)
+            to_incoming = carried.transpose(-1, -2) @ part.c[:, :, :, None]
+            state = grad_last[rows].reshape(before[:, 0].shape)
+            added = torch.empty_like(before)
+            for chunk in reversed(range(added.shape[1])):
+                added[:, chunk] = state
+                state = torch.addcmul(to_incoming[:, chunk], state, part.from_start[:, chunk, ..., -1, None, None])
+            grad_state[rows] = state
+            from_start[..., -1] += (added * before).sum((-1, -2))
+            from_start *= part.from_start
+            to_b = ((part.dx * part.to_end[..., None]) @ added).sum(3)
+            written = part.b[:, :, :, None] @ added.transpose(-1, -2)
+            to_end = (written * part.dx).sum(-1) * part.to_end
+
+            # Inside a chunk.
+            to_dx = (part.scores.transpose(-1, -2) @ out).addcmul_(written, part.to_end[..., None])
+            to_scores = out @ part.dx.transpose(-1, -2)
+            to_products = (to_scores * part.weights).sum(3)
+            to_c += to_products @ part.b
+            to_b += to_products.transpose(-1, -2) @ part.c
+            to_decay = to_scores.mul_(part.scores)
+            decay = to_decay.sum(-1) - to_decay.sum(-2) + from_start - to_end
+            decay[..., -1] += to_end.sum(-1)
+
+            step = part.tokens(decay.flip(-1).cumsum(-1).flip(-1))
+            to_dx = part.tokens(to_dx)
+            grad_x[rows] = (grad_y[rows] * d_H[:, None]).addcmul_(to_dx, dt[rows, ..., None])
+            grad_dt[rows] = (to_dx * x[rows]).sum(-1).addcmul_(step, a_H)
+            grad_a += (step * dt[rows]).sum((0, 1))
+            grad_b[rows], grad_c[rows] = part.group_tokens(to_b), part.group_tokens(to_c)
+        grad_initial = grad_state.flatten(1, 2) if ctx.has_state else None
+        return grad_x, grad_dt, grad_a, grad_b, grad_c, grad_d, None, grad_initial, None

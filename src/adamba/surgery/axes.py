@@ -15,7 +15,7 @@ from adamba.model.configuration_adamba import ATTENTION_LAYERS, AdambaConfig
 
 @dataclass(frozen=True)
 class ParameterRole:
-    """Axes of one parameter, and how entries that an expansion adds are filled: see `expand.fresh_tensor`."""
+    """Axes of one parameter, and how entries that a surgery adds are filled: see `rules.fresh_tensor`."""
 
     axes: tuple[str, ...]
     fill: str
@@ -27,7 +27,8 @@ READER, WRITER, GAIN, BIAS = "random", "zero", "one", "zero"
 # gradient reaches every new weight within two steps.
 PARAMETER_ROLES: tuple[tuple[str, ParameterRole], ...] = (
     (r"exit_gates\.\d+\.up_proj\.weight$|router\.up_proj\.weight$", ParameterRole(("fixed", "channel"), READER)),
-    (r"exit_gates\.|router\.", ParameterRole(("fixed",), READER)),
+    (r"exit_gates\.\d+\.temperature$", ParameterRole(("fixed",), GAIN)),
+    (r"(exit_gates\.\d+|router)\.(up_proj\.bias|down_proj\.(weight|bias))$", ParameterRole(("fixed",), BIAS)),
     (r"embed_tokens\.weight$", ParameterRole(("fixed", "channel"), WRITER)),
     (r"lm_head\.weight$", ParameterRole(("fixed", "channel"), READER)),
     (r"self_attn\.q_proj\.weight$", ParameterRole(("query", "channel"), READER)),
@@ -91,12 +92,19 @@ def axis_sections(axis: str, config: AdambaConfig, width: int) -> list[int]:
     }[axis]
 
 
-def shared_index(axis: str, small: AdambaConfig, large: AdambaConfig, layer: int | None) -> torch.Tensor:
-    """Where each entry of the smaller model's axis sits in the larger model's: the prefix of each section."""
+def shared_slices(axis: str, small: AdambaConfig, large: AdambaConfig, layer: int | None) -> list[tuple[slice, slice]]:
+    """Where the smaller model's axis sits in the larger model's: each section's place in (the smaller, the larger)."""
     small_sections = axis_sections(axis, small, layer_width(small, layer))
     large_sections = axis_sections(axis, large, layer_width(large, layer))
-    parts, offset = [], 0
+    pairs, small_offset, large_offset = [], 0, 0
     for small_size, large_size in zip(small_sections, large_sections, strict=True):
-        parts.append(torch.arange(offset, offset + small_size))
-        offset += large_size
-    return torch.cat(parts)
+        here = slice(small_offset, small_offset + small_size)
+        pairs.append((here, slice(large_offset, large_offset + small_size)))
+        small_offset += small_size
+        large_offset += large_size
+    return pairs
+
+
+def shared_index(axis: str, small: AdambaConfig, large: AdambaConfig, layer: int | None) -> torch.Tensor:
+    """The index in the larger model's axis of each entry of the smaller model's."""
+    return torch.cat([torch.arange(part.start, part.stop) for _, part in shared_slices(axis, small, large, layer)])

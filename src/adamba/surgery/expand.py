@@ -1,13 +1,14 @@
 """Wider, and the same function at every width: the old block stays in the top-left corner of every matrix."""
 
-import copy
+import itertools
+from collections.abc import Mapping
 
 import torch
 
 from adamba.model import AdambaConfig, AdambaForCausalLM
-from adamba.model.mamba_adamba import init_decay, init_time_steps
 
-from .axes import axis_sections, layer_of, layer_width, role_of, shared_index
+from .axes import axis_sections, layer_of, layer_width, role_of, shared_slices
+from .rules import Surgery, apply, fresh_tensor, generator_for
 
 # What grows and shrinks with the hidden size, always by the same ratio.
 COUNTS = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "mamba_num_groups")
@@ -63,45 +64,47 @@ def _common_divisor(config: AdambaConfig) -> int:
     return divisor
 
 
-def expand_tensor(
-    name: str, old: torch.Tensor, config: AdambaConfig, wide: AdambaConfig, generator: torch.Generator
-) -> torch.Tensor:
-    """One parameter of the wider model, from the same parameter of the narrower one."""
+def expand_tensor(name: str, old: torch.Tensor, config: AdambaConfig, wide: AdambaConfig, seed: int) -> torch.Tensor:
+    """
+    One parameter of the wider model, from the same parameter of the narrower one. Random readers take the spread of
+    the trained weights, so that new features start at the scale of the old ones.
+    """
     role, layer = role_of(name), layer_of(name)
     if role.axes == ("fixed",):
         return old.clone()
-    shape = list(old.shape)
+    shape, blocks = list(old.shape), []
     for dim, axis in enumerate(role.axes):
-        if axis != "fixed":
+        if axis == "fixed":
+            blocks.append([(slice(None), slice(None))])
+        else:
             shape[dim] = sum(axis_sections(axis, wide, layer_width(wide, layer)))
+            blocks.append(shared_slices(axis, config, wide, layer))
     fill = "zero" if name.endswith("lm_head.weight") and wide.tie_word_embeddings else role.fill
-    new = fresh_tensor(fill, shape, old, generator)
-    index = [
-        torch.arange(size) if axis == "fixed" else shared_index(axis, config, wide, layer)
-        for axis, size in zip(role.axes, old.shape, strict=True)
-    ]
-    new[torch.meshgrid(*index, indexing="ij")] = old
+    std = 0.0
+    if fill == "random":
+        std = max(float(torch.linalg.vector_norm(old, dtype=torch.float32)) / old.numel() ** 0.5, 1e-4)
+    new = fresh_tensor(fill, shape, std, old.dtype, generator_for(name, seed))
+    for block in itertools.product(*blocks):
+        new[tuple(large for _, large in block)] = old[tuple(small for small, _ in block)]
     return new
 
 
-def fresh_tensor(fill: str, shape: list[int], like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """
-    Values for entries that the narrower model did not have. Random readers take the spread of the trained weights, so
-    that new features start at the scale of the old ones.
-    """
-    new = torch.zeros(shape, dtype=torch.float32)
-    if fill == "random":
-        new.normal_(0.0, max(float(like.float().std()), 1e-4), generator=generator)
-    elif fill == "one":
-        new.fill_(1.0)
-    elif fill == "decay":
-        init_decay(new)
-    elif fill == "time_step":
-        init_time_steps(new, generator)
-    return new.to(like.dtype)
+def expansion(
+    config: AdambaConfig, hidden_size: int, width_levels: dict[str, int] | None = None, seed: int = 0
+) -> Surgery:
+    """The surgery of `expand_width`."""
+    wide = expanded_config(config, hidden_size, width_levels)
+
+    def tensor(name: str, shape: torch.Size, old: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        tensor = old[name]
+        new = expand_tensor(name, tensor, config, wide, seed)
+        if new.shape != shape:  # only the router's levels may differ in number: its last layer starts anew
+            new = fresh_tensor(role_of(name).fill, shape, 0.0, tensor.dtype, generator_for(name, seed))
+        return new
+
+    return Surgery(wide, tensor, [(layer, layer) for layer in range(config.num_hidden_layers)])
 
 
-@torch.no_grad()
 def expand_width(
     model: AdambaForCausalLM, hidden_size: int, width_levels: dict[str, int] | None = None, seed: int = 0
 ) -> AdambaForCausalLM:
@@ -115,15 +118,4 @@ def expand_width(
     Raises:
         ValueError: see `expanded_config`.
     """
-    config = expanded_config(model.config, hidden_size, width_levels)
-    generator = torch.Generator().manual_seed(seed)
-    wide = AdambaForCausalLM(config).to(model.dtype)
-    target = wide.state_dict()
-    for name, old in model.state_dict().items():
-        new = expand_tensor(name, old.cpu(), model.config, config, generator)
-        if new.shape != target[name].shape:  # only the router's levels may differ in number
-            new = target[name]
-        target[name] = new
-    wide.load_state_dict(target)
-    wide.generation_config = copy.deepcopy(model.generation_config)
-    return wide.to(model.device).train(model.training)
+    return apply(expansion(model.config, hidden_size, width_levels, seed), model)

@@ -1,12 +1,13 @@
 """Any width of an elastic model as a checkpoint of its own: fewer weights, the same logits."""
 
-import copy
+from collections.abc import Mapping
 
 import torch
 
 from adamba.model import AdambaConfig, AdambaForCausalLM
 
 from .axes import layer_of, role_of, shared_index
+from .rules import Surgery, apply
 
 
 def sliced_config(config: AdambaConfig, width) -> AdambaConfig:
@@ -28,7 +29,16 @@ def slice_tensor(name: str, old: torch.Tensor, config: AdambaConfig, small: Adam
     return old.clone()
 
 
-@torch.no_grad()
+def slicing(config: AdambaConfig, width) -> Surgery:
+    """The surgery of `slice_width`."""
+    small = sliced_config(config, width)
+
+    def tensor(name: str, shape: torch.Size, old: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return slice_tensor(name, old[name], config, small)
+
+    return Surgery(small, tensor, [(layer, layer) for layer in range(config.num_hidden_layers)])
+
+
 def slice_width(model: AdambaForCausalLM, width) -> AdambaForCausalLM:
     """
     A standalone model whose logits are those of `model` at `width`, with only the weights that it needs.
@@ -36,11 +46,4 @@ def slice_width(model: AdambaForCausalLM, width) -> AdambaForCausalLM:
     Raises:
         ValueError: a width that `model` cannot run.
     """
-    config = sliced_config(model.config, width)
-    small = AdambaForCausalLM(config).to(model.dtype)
-    small.load_state_dict(
-        {name: slice_tensor(name, old, model.config, config) for name, old in model.state_dict().items()}
-    )
-    small.config._attn_implementation = model.config._attn_implementation
-    small.generation_config = copy.deepcopy(model.generation_config)
-    return small.to(model.device).train(model.training)
+    return apply(slicing(model.config, width), model)

@@ -11,12 +11,13 @@ from adamba.rewards import REWARDS
 from adamba.tasks import ENVIRONMENTS
 from adamba.tasks.roles import ROLES, select_roles
 from adamba.training.at_grpo import TeamSettings
+from adamba.training.caps import SpendingCaps
 
 DEFAULT_TOOL_CALLS = 8  # of tasks whose environments set no limit: the longest game has 5 moves
 
 
 @dataclass
-class AgentConfig(GRPOConfig):
+class AgentConfig(SpendingCaps, GRPOConfig):
     """`GRPOConfig` and what playing the tasks adds."""
 
     trust_remote_code: bool = field(default=False, init=False)  # the key is ModelArguments'

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adamba.flops import forward_flops_per_token, layer_flops
@@ -147,18 +149,23 @@ def task_rows(name: str, count: int, games: GameSettings, first_seed: int = 0) -
 def play_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, games: GameSettings, **generate_kwargs
 ) -> dict[str, float]:
-    """Scores on held-out instances. Tic-tac-toe is played against each opponent, half the games on each side, from the
-    empty board."""
+    """
+    Scores on held-out instances. Tic-tac-toe is played against each opponent, half the games on each side, from the
+    empty board. Processes share the episodes; each gets the scores of all.
+    """
+    state = PartialState()
     metrics: dict[str, float] = {}
     for name, count in games.num_episodes.items():
+        if not count:
+            continue
         rows = task_rows(name, count, games)
         episodes = play(
             model,
             tokenizer,
-            rows,
+            rows[state.process_index :: state.num_processes],
             max_new_tokens=games.max_new_tokens,
             batch_size=games.batch_size,
             generate_kwargs=generate_kwargs,
         )
-        metrics |= score_episodes(name, episodes)
+        metrics |= score_episodes(name, gather_object(episodes))
     return metrics

@@ -5,12 +5,15 @@ import re
 from torch import nn
 
 from adamba.errors import UserError
+from adamba.model import AdambaForCausalLM
+from adamba.training.elastic import ElasticArguments
 
 # Recipe value of `train_only` -> names of the parameters that learn.
 PARTS = {
     "all": r".",
     "mamba": r"\.layers\.\d+\.(norm|mixer)\.",
     "gates": r"\.(exit_gates|router)\.",
+    "router": r"\.router\.",
     "mamba_and_gates": r"\.layers\.\d+\.(norm|mixer)\.|\.(exit_gates|router)\.",
 }
 
@@ -31,3 +34,17 @@ def freeze_all_but(model: nn.Module, part: str) -> int:
     if not learning:
         raise UserError(f"train_only: {part!r} matches no parameter of this {type(model).__name__}")
     return learning
+
+
+def freeze_idle(model: nn.Module, elastic: ElasticArguments | None = None) -> None:
+    """
+    No gradient for exit gates and router where no loss of this run reaches them: data parallelism would wait for their
+    gradients, and weight decay would undo what they learned before.
+    """
+    if not isinstance(model, AdambaForCausalLM):
+        return
+    trains_gates = elastic is not None and elastic.elastic
+    if not trains_gates:
+        model.model.exit_gates.requires_grad_(False)
+    if not (trains_gates and elastic.distill and len(model.config.width_levels) > 1):
+        model.model.router.requires_grad_(False)

@@ -4,16 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from adamba.errors import UserError
+from adamba.training.caps import SpendingCaps
 from adamba.training.elastic import ElasticArguments, ElasticLossMixin
 from adamba.training.optimizers import OptimizerMixin
 
 
 @dataclass
-class PretrainConfig(TrainingArguments):
-    """`TrainingArguments` and what the phases add."""
+class PretrainConfig(SpendingCaps):
+    """`TrainingArguments`, its caps, and what the phases add."""
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs every column."})
     max_length: int = field(default=2048, metadata={"help": "Tokens in a packed row."})

@@ -12,10 +12,16 @@ import transformers
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
+from adamba.disk import check_output_dir
 from adamba.errors import UserError
-from adamba.flops import TRAINING_FACTOR, flops_per_token
-from adamba.publish import last_checkpoint, publish, trainer_dir
+from adamba.fingerprint import run_fingerprint
+from adamba.flops import elastic_flops_per_token, training_flops_per_token
+from adamba.gpus import rated_flops_per_second
+from adamba.publish import publish, trainer_dir
 from adamba.recipe import Recipe
+from adamba.training.caps import SpendingCaps, StopAtCap, refuse_used_up
+from adamba.training.checkpoints import checkpoint_to_resume, differences, seal_what_is_saved, sign
+from adamba.training.interruptions import Interruptions
 
 logger = logging.getLogger("adamba")
 
@@ -27,11 +33,46 @@ def start(args: TrainingArguments, recipe: Recipe, inputs: Mapping[str, str]) ->
     """
     setup_logging(is_main_process=args.process_index == 0)
     set_seed(args.seed)
+    if args.ddp_find_unused_parameters is None:
+        # Every weight that learns has a gradient in every step (`freeze_idle`). Searching would take a micro-batch
+        # with several passes, and a router that runs beside them, for several steps.
+        args.ddp_find_unused_parameters = False
     if not args.output_dir or args.output_dir == "trainer_output":
         raise UserError("output_dir: missing; name the folder for the checkpoint")
     published = Path(args.output_dir)
-    args.output_dir = str(trainer_dir(published, recipe, inputs))
+    check_output_dir(published)
+    folder = trainer_dir(published, recipe, inputs)
+    args.output_dir = str(folder)
+    if args.process_index == 0:
+        parts = run_fingerprint(recipe.code, recipe.values, inputs)
+        record = {"code": parts["code"], "inputs": parts["inputs"], "values": recipe.values}
+        for other in folder.parent.glob("*/checkpoint-*") if not folder.exists() else ():
+            found = differences(other.parent, record)
+            if found:
+                logger.info("starting anew; %s is of another run (%s)", other, "; ".join(found))
+        if args.save_strategy != "no" or args.resume_from_checkpoint:
+            sign(folder, record)
+    refuse_used_up(args)
     return published
+
+
+def checkpoint_bytes(trainer: Trainer) -> int:
+    """What one checkpoint takes on disk, about: weights, and two moments in fp32 for each that learns."""
+    parameters = list(trainer.model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    return weights + sum(8 * p.numel() for p in parameters if p.requires_grad)
+
+
+def check_space(trainer: Trainer) -> None:
+    """Refuse a disk that cannot hold the checkpoints that will be kept at once, and the published one."""
+    args, folder = trainer.args, Path(trainer.args.output_dir)
+    size, kept = checkpoint_bytes(trainer), 0
+    if args.save_strategy != "no":
+        saves = args.max_steps / args.save_steps if args.save_steps >= 1 else 1 / args.save_steps
+        kept = max(1, min(args.save_total_limit or int(saves), int(saves))) + 1  # one goes once the next is whole
+    present = sum(file.stat().st_size for file in folder.glob("checkpoint-*/**/*") if file.is_file())
+    needed = max(kept * size - present, 0) + sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+    check_output_dir(folder, needed, f"{kept} checkpoints and the result")
 
 
 def setup_logging(is_main_process: bool = True) -> None:
@@ -64,9 +105,12 @@ def train(trainer: Trainer) -> dict[str, float]:
     resume, `train_seconds` is what the whole run would have taken at the speed of the steps that were run here.
 
     Raises:
-        UserError: the loss is not a finite number; the last good checkpoint stays.
+        UserError: the loss is not a finite number, or a cap is reached (the last good checkpoint stays); a checkpoint
+            of another run was named; the disk is too small, or full.
+        SystemExit: 143 after SIGTERM, 130 after SIGINT, with a checkpoint of the last step.
     """
-    resume = last_checkpoint(trainer.args.output_dir)
+    seal_what_is_saved(trainer)
+    resume = checkpoint_to_resume(trainer)
     resumed_step = 0
     if resume is not None:
         logger.info("resuming from %s", resume)
@@ -74,13 +118,34 @@ def train(trainer: Trainer) -> dict[str, float]:
         resumed_step = saved.global_step
         if resumed_step >= saved.max_steps:
             return _take_over(trainer, resume, saved)
+    if trainer.is_world_process_zero():
+        check_space(trainer)
     trainer.args.logging_nan_inf_filter = False  # it would show the last good loss instead of a broken one
-    trainer.add_callback(StopWhenBroken())
+    interruptions = Interruptions(trainer)
+    trainer.add_callback(interruptions)
+    trainer.add_callback(StopWhenBroken())  # after the other: what it saves is looked at too
+    cap = StopAtCap(trainer.args) if isinstance(trainer.args, SpendingCaps) else None
+    if cap is not None:
+        trainer.add_callback(cap)
     started = time.monotonic()
-    result = trainer.train(resume_from_checkpoint=resume)
+    with interruptions.heard():
+        result = trainer.train(resume_from_checkpoint=resume)
     steps = trainer.state.global_step
+    if interruptions.stopped_by is not None:
+        logger.info(
+            "stopped by %s after step %d; the same command goes on from there", interruptions.stopped_by.name, steps
+        )
+        raise SystemExit(128 + interruptions.stopped_by)
+    if cap is not None and cap.stopped:
+        raise UserError(
+            f"{cap.stopped}; stopped after step {steps} of {trainer.state.max_steps}, raise it to go on from the "
+            f"checkpoint kept in {trainer.args.output_dir}"
+        )
     seconds = (time.monotonic() - started) * steps / max(steps - resumed_step, 1)
-    return {"train_loss": result.training_loss, "train_seconds": seconds, "train_steps": steps}
+    trained = {"train_loss": result.training_loss, "train_seconds": seconds, "train_steps": steps}
+    if cap is not None and trainer.args.usd_per_gpu_hour is not None:
+        trained["cost_usd"] = cap.seconds() * trainer.args.usd_per_second
+    return trained
 
 
 def _take_over(trainer: Trainer, checkpoint: str, saved: TrainerState) -> dict[str, float]:
@@ -95,16 +160,27 @@ def _take_over(trainer: Trainer, checkpoint: str, saved: TrainerState) -> dict[s
 def measures(trainer: Trainer, seconds: float, tokens_seen: int, context_length: int) -> dict[str, float]:
     """Size, tokens, speed and memory of a run, for `metrics.json`."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    flops = TRAINING_FACTOR * flops_per_token(model.config, context_length=context_length)
+    train_flops = tokens_seen * training_flops(trainer, model.config, context_length)
+    rated = rated_flops_per_second() * trainer.args.world_size
     return {
         "num_parameters": model.num_parameters(),
         "num_trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "hidden_size": model.config.hidden_size,
         "tokens_seen": tokens_seen,
         "tokens_per_second": tokens_seen / max(seconds, 1e-9),
-        "train_flops": flops * tokens_seen,
+        "train_flops": train_flops,
+        **({"mfu": train_flops / max(seconds, 1e-9) / rated} if rated else {}),
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def training_flops(trainer: Trainer, config: Any, context_length: int) -> float:
+    """Forward and backward FLOPs a token of what this trainer's recipe asks for (`adamba.flops`)."""
+    elastic = getattr(trainer, "elastic_args", None)
+    if elastic is None or not elastic.elastic:
+        return training_flops_per_token(config, context_length, getattr(trainer.args, "train_only", "all"))
+    options = (elastic.width_weights, elastic.num_sampled_widths, elastic.distill, elastic.num_sampled_exits)
+    return elastic_flops_per_token(config, context_length, *options)
 
 
 def peak_memory_bytes() -> int:

@@ -14,12 +14,13 @@ from adamba.data import load_mixture, pack_rows
 from adamba.data.arguments import DataArguments
 from adamba.data.packing import IGNORED_LABEL, tokenize_rows
 from adamba.errors import UserError
+from adamba.training.caps import SpendingCaps
 from adamba.training.elastic import ElasticArguments, ElasticLossMixin
 from adamba.training.optimizers import OptimizerMixin
 
 
 @dataclass
-class MixSFTConfig(SFTConfig):
+class MixSFTConfig(SpendingCaps, SFTConfig):
     """`SFTConfig` and the size of the evaluation. `packing` means this package's best fit."""
 
     num_eval_rows: int = field(

@@ -1,0 +1,126 @@
+"""Measure what share of its rated speed this machine reaches on each phase's own step: `run_plan.py --calibrate`."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from adamba.errors import UserError
+from adamba.flops import training_flops_per_token
+from adamba.gpus import CPU, Gpu, find_gpu
+from adamba.model import AdambaConfig, AdambaForCausalLM
+from adamba.training.elastic import ElasticArguments, Tally, draw, elastic_loss, token_losses
+from adamba.training.freezing import freeze_all_but
+
+from .phases import ELASTIC_KEYS, PlannedPhase
+
+WHOLE = 1e9  # a model above this many parameters is measured on its first layers
+NUM_LAYERS = 4
+NUM_STEPS = 3
+MATMUL_SIZE = 1024
+
+
+def measure(phases: Sequence[PlannedPhase], name: str) -> tuple[Gpu, dict[str, float]]:
+    """
+    The device, and the MFU of each training phase on it: forward, backward and the optimizer's share of a step, on one
+    device, at the recipe's batch and length. Communication between devices is not in it.
+
+    Raises:
+        UserError: this machine is not the one that is asked for, or too small to tell.
+    """
+    on_cpu = name == CPU
+    if on_cpu:
+        gpu = Gpu(CPU, matmul_flops_per_second() / 1e12, psutil.virtual_memory().total / 2**30)
+    else:
+        gpu = find_gpu(name)
+        found = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else "a CPU"
+        if gpu.name not in found.replace(" ", ""):
+            raise UserError(f"--calibrate: this machine has {found}, not {gpu.name}; run it there, or --gpu {CPU}")
+    training = [phase for phase in phases if not phase.is_surgery]
+    largest = max(training, key=lambda phase: phase.num_parameters)
+    if on_cpu and largest.num_parameters > WHOLE:
+        size = f"{largest.num_parameters / 1e9:.1f} G parameters"
+        raise UserError(f"--calibrate: {largest.name} has {size}, too many for a CPU; run it where the plan will run")
+    measured = {phase.name: flops_per_second(phase) / (gpu.tflops * 1e12) for phase in training}
+    return gpu, measured
+
+
+def matmul_flops_per_second() -> float:
+    """What a CPU is "rated" at: its fastest product of large fp32 matrices."""
+    left, right = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE)
+    seconds = min(_seconds(lambda: left @ right) for _ in range(10))
+    return 2 * MATMUL_SIZE**3 / seconds
+
+
+def flops_per_second(phase: PlannedPhase) -> float:
+    """Model FLOPs a second of the phase's micro-batches, with the optimizer step that several of them share."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    phase = dataclasses.replace(phase, config=shortened(phase))
+    model = _model(phase.config, phase.values.get("dtype", "float32")).to(device).train()
+    freeze_all_but(model, str(phase.values.get("train_only", "all")))
+    checkpointing = phase.values.get("activation_checkpointing") or phase.values.get("gradient_checkpointing")
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    rows = int(phase.values.get("per_device_train_batch_size", 8))
+    input_ids = torch.randint(0, phase.config.vocab_size, (rows, phase.length), device=device)
+    options = {key: phase.values[key] for key in ELASTIC_KEYS if key in phase.values}
+    elastic = ElasticArguments(elastic=True, **options) if phase.is_elastic else None
+    mixed = phase.values.get("bf16") and device == "cuda"
+
+    def micro_batch(place: int) -> None:
+        with torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext():
+            if elastic is None:
+                logits = model(input_ids, use_cache=False).logits
+                loss = token_losses(logits, input_ids).sum() / input_ids.numel()
+            else:
+                chosen = draw(model.config, elastic, 0, place, 0)
+                batch = {"input_ids": input_ids, "labels": input_ids}
+                loss, _ = elastic_loss(model, model, batch, elastic, chosen, input_ids.numel(), Tally())
+        loss.backward()
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9)
+    micro_batch(0)
+    optimizer.step()
+    times = [_seconds(partial(micro_batch, place)) for place in range(1, 1 + NUM_STEPS)]
+    share = median(_seconds(optimizer.step) for _ in range(NUM_STEPS)) / int(
+        phase.values.get("gradient_accumulation_steps", 1)
+    )
+    if elastic is None:
+        flops = training_flops_per_token(phase.config, phase.length, str(phase.values.get("train_only", "all")))
+    else:
+        flops = phase.flops_per_token
+    return flops * input_ids.numel() / (sum(times) / len(times) + share)
+
+
+def shortened(phase: PlannedPhase) -> Any:
+    """The phase's config, of a large model its first layers: a layer is as fast in four as in sixty."""
+    config = phase.config
+    if phase.num_parameters <= WHOLE or not isinstance(config, AdambaConfig):
+        return config
+    kinds = config.layer_types[:NUM_LAYERS]
+    changes = {"num_hidden_layers": NUM_LAYERS, "layer_types": kinds, "rope_layers": config.rope_layers[:NUM_LAYERS]}
+    attention = sum(kind != "linear_attention" for kind in kinds)
+    changes |= {"attention_widths": config.attention_widths[:attention], "first_exit_layer": 1}
+    return AdambaConfig.from_dict(config.to_dict() | changes)
+
+
+def _model(config: Any, dtype: str) -> PreTrainedModel:
+    if isinstance(config, AdambaConfig):
+        return AdambaForCausalLM(config).to(getattr(torch, dtype))
+    fields = {key: value for key, value in vars(config).items() if value is not None}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

@@ -1,0 +1,87 @@
+"""Memory of a training run on one GPU: an estimate from sizes, to see beforehand what cannot fit.
+
+Weights, gradients and optimizer state follow from how they are stored; the bytes of logits were measured on a CPU
+(`bench/logits_memory.py`: 15 to 17 a logit for a plain step, 33 to 38 for an elastic one); activations are counted
+for a layer at a time, as activation checkpointing keeps them.
+"""
+
+from adamba.model.configuration_adamba import ATTENTION_LAYERS, AdambaConfig
+
+from .phases import PlannedPhase
+
+LOGIT_BYTES = {"plain": 16, "elastic": 36}  # logits, their fp32 copy, log-softmax and gradient; two passes and an exit
+USABLE_FRACTION = 0.92  # the rest goes to the CUDA context, kernels' workspaces and fragmentation
+BUCKET_BYTES = 2e9  # DeepSpeed's reduce and gather buckets
+GIB = 2**30
+
+
+def memory_gib(phase: PlannedPhase, num_gpus: int | None = None) -> dict[str, float]:
+    """
+    GiB on one GPU by part: `weights`, `gradients`, `optimizer`, `activations`, `logits`; empty for surgery. What the
+    recipe shards is sharded over `num_gpus`, by default as many as the recipe was written for.
+    """
+    if phase.is_surgery:
+        return {}
+    launch, total, trained = phase.launch, phase.num_parameters, phase.num_trained
+    half = launch.deepspeed or phase.values.get("dtype") in ("bfloat16", "float16")
+    width = 2 if half else 4
+    processes = launch.num_processes if num_gpus is None else num_gpus
+
+    def held(shards: int) -> float:
+        """The part of something sharded that stays on each GPU."""
+        return 1 / processes if shards > 1 else 1.0
+
+    state = 4 if phase.values.get("use_muon") else 8
+    if half and launch.deepspeed:
+        state += 4  # fp32 master weights
+    weights = width * total * held(launch.parameter_shards)
+    gradients = width * trained * held(launch.gradient_shards)
+    if launch.deepspeed:
+        gradients += BUCKET_BYTES
+    elif processes > 1 and launch.parameter_shards == 1:
+        gradients += width * trained  # DDP's buckets hold them a second time
+    kept = {
+        "weights": 0.0 if launch.offloads_parameters else weights,
+        "gradients": gradients,
+        "optimizer": 0.0 if launch.offloads_optimizer else state * trained * held(launch.optimizer_shards),
+    }
+    tokens = int(phase.values.get("per_device_train_batch_size", 8)) * phase.length
+    tokens *= 2 if phase.script == "run_dpo.py" else 1
+    forward = {
+        "activations": activation_bytes(phase, tokens, width),
+        "logits": LOGIT_BYTES["elastic" if phase.is_elastic else "plain"] * tokens * phase.config.vocab_size,
+    }
+    if float(phase.values.get("old_weight_lr_scale", 1.0)) < 1:
+        # The optimizer step copies the weights, when activations are gone: the larger of the two counts.
+        copies = width * trained
+        if copies > sum(forward.values()):
+            forward = {"activations": 0.0, "logits": 0.0, "copies of old weights": copies}
+    return {name: value / GIB for name, value in (kept | forward).items()}
+
+
+def activation_bytes(phase: PlannedPhase, tokens: int, width: int) -> float:
+    """What a micro-batch keeps for backward: with checkpointing each layer's input, and one layer's inside."""
+    config = phase.config
+    passes = 2 if phase.is_elastic and phase.values.get("distill", True) else 1
+    residual = tokens * config.hidden_size * width
+    inside = [inside_bytes(config, kind, width) * tokens for kind in set(layer_kinds(config))]
+    if phase.values.get("activation_checkpointing") or phase.values.get("gradient_checkpointing"):
+        return passes * residual * len(layer_kinds(config)) + max(inside)
+    return passes * sum(inside_bytes(config, kind, width) * tokens + residual for kind in layer_kinds(config))
+
+
+def layer_kinds(config) -> list[str]:
+    if isinstance(config, AdambaConfig):
+        return list(config.layer_types)
+    return ["full_attention"] * config.num_hidden_layers
+
+
+def inside_bytes(config, kind: str, width: int) -> float:
+    """Bytes a token inside a layer: norms in fp32, projections, hidden units or the scan's inputs, and gradients."""
+    hidden = config.hidden_size
+    if kind in ATTENTION_LAYERS:
+        units = config.intermediate_size * (3 if getattr(config, "mlp_gated", True) else 2)
+        return 2 * width * (6 * hidden + units) + 8 * hidden
+    inner = config.mamba_inner_size
+    chunks = config.mamba_chunk_size * config.mamba_num_heads  # decay between the tokens of a chunk, for each head
+    return 2 * width * (8 * inner + hidden) + 4 * chunks

@@ -1,0 +1,54 @@
+"""What accelerators are rated at, from their vendors' data sheets."""
+
+import difflib
+from dataclasses import dataclass
+
+from adamba.errors import UserError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """`tflops`: bf16 with fp32 accumulation, dense (no sparsity), in 1e12 FLOPs a second. `memory_gib`: usable GiB."""
+
+    name: str
+    tflops: float
+    memory_gib: float
+
+
+def _gpu(name: str, tflops: float, memory_gb: float) -> Gpu:
+    return Gpu(name, tflops, memory_gb * 1e9 / 2**30)
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("a100", 312, 80),
+        _gpu("h100", 989, 80),
+        _gpu("h200", 989, 141),
+        _gpu("b200", 2250, 180),
+        _gpu("mi300x", 1307, 192),
+        _gpu("l40s", 362, 48),
+        _gpu("rtx4090", 165, 24),
+    )
+}
+CPU = "cpu"  # its speed is measured, `--calibrate`
+
+
+def find_gpu(name: str) -> Gpu:
+    """
+    Raises:
+        UserError: naming the nearest known one.
+    """
+    if name.lower() in GPUS:
+        return GPUS[name.lower()]
+    close = difflib.get_close_matches(name.lower(), [*GPUS, CPU], n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known: {', '.join([*GPUS, CPU])}"
+    raise UserError(f"--gpu: {name!r} is unknown; {hint}")
+
+
+def rated_flops_per_second() -> float:
+    """Of this machine's first GPU, by its name; 0 without a GPU, or with one that is not in the table."""
+    import torch
+
+    name = torch.cuda.get_device_name().lower().replace(" ", "") if torch.cuda.is_available() else ""
+    return next((gpu.tflops * 1e12 for gpu in GPUS.values() if gpu.name in name), 0.0)
