@@ -105,7 +105,7 @@ class AtGrpoTrainer(AgentGRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rows = inputs
         output = super()._generate_and_score_completions(inputs)
-        blocks = output["prompt_ids"].view(len(self._groups), self.num_generations, -1)
+        blocks = output["prompt_ids"].view(len(self._groups), self._group_size, -1)
         if not torch.equal(blocks, blocks[:, :1].expand_as(blocks)):
             raise RuntimeError("AT-GRPO: a block of rows has more than one prompt, so it is not one group")
         turns = self._of_rows([group.turn for group in self._groups])
@@ -116,7 +116,7 @@ class AtGrpoTrainer(AgentGRPOTrainer):
 
     def _play_batch(self, prompts: list, trainer: Any) -> dict[str, Any]:
         """TRL's `rollout_func`: as many rows as prompts, in blocks that are groups."""
-        settings, size = self.team_settings, self.num_generations
+        settings, size = self.team_settings, self._group_size
         seconds = 0.0
 
         def speak(prompt_ids: list[list[int]], role: str) -> list[list[int]]:
@@ -160,7 +160,11 @@ class AtGrpoTrainer(AgentGRPOTrainer):
 
     def _of_rows(self, of_groups: list[int]) -> torch.Tensor:
         values = torch.tensor(of_groups, device=self.accelerator.device)
-        return values.repeat_interleave(self.num_generations)
+        return values.repeat_interleave(self._group_size)
+
+    @property
+    def _group_size(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
 
     def _log_groups(self) -> None:
         """Share of unusable candidates of each role."""
@@ -168,7 +172,8 @@ class AtGrpoTrainer(AgentGRPOTrainer):
             own = [item.local for group in self._groups if group.role_index == index for item in group.candidates]
             if own:
                 rate = 1.0 - sum(own) / len(own)
-                self._metrics["train"][f"games/{role.name}/invalid_action_rate"].append(rate)
+                mode = "train" if self.model.training else "eval"
+                self._metrics[mode][f"games/{role.name}/invalid_action_rate"].append(rate)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         self._row_roles = inputs["role_index"]

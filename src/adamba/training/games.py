@@ -117,7 +117,7 @@ def is_success(outcome: dict[str, float]) -> bool:
 
 
 def team_value(outcome: dict[str, float]) -> float:
-    """Worth of a state: its score, or half of the way done; both depend on the board alone, so circles earn nothing."""
+    """Worth of a state: its score, or half of the way done. Both depend on the board alone: circles earn nothing."""
     return max(outcome["score"], 0.5 * outcome.get("progress", 0.0))
 
 
