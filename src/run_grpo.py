@@ -41,7 +41,7 @@ def main() -> None:
     held_out = prompt_rows(data_args.mix, args.num_eval_prompts, split="test", **options)
     environments = {name: ENVIRONMENTS[name] for name in rows.unique("environment")}
     team = team_settings(args, environments) if args.roles else None
-    if args.max_tool_calling_iterations is None:
+    if team is None and args.max_tool_calling_iterations is None:
         args.max_tool_calling_iterations = tool_call_limit(rows)
 
     model, tokenizer = load_model_and_tokenizer(model_args, training=True)

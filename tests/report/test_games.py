@@ -9,7 +9,13 @@ from adamba.errors import UserError
 from adamba.report import read_family, write_report
 from adamba.report.games import ARMS, game_rows, transcripts
 
-FIGURES = {"success_rate": 0.5, "success_low": 0.4, "success_high": 0.6, "mean_turns": 3.25, "invalid_action_rate": 0.1}
+FIGURES = {
+    "success_rate": 0.5,
+    "success_low": 0.4,
+    "success_high": 0.6,
+    "mean_turns": 3.25,
+    "invalid_action_rate": 0.1,
+}
 
 
 def write_run(folder: Path, ways: list[str], **metrics) -> None:
