@@ -1,4 +1,4 @@
-"""The real commands of recipes/games on a tiny random model: a team trains, resumes, is played; one line for errors."""
+"""The real commands of recipes/games on a tiny random model: a team trains, resumes, plays; errors are one line."""
 
 import json
 from collections.abc import Callable
