@@ -105,7 +105,7 @@ def ways_to_play(
     roles = recipe.get("roles") or shown_roles
     ways: dict[str, dict[str, str] | None] = {"team": None}
     if not recipe.get("roles"):
-        ways = {"single": None} | (ways if fraction else {})
+        ways = {"single": None, "team": None} if fraction else {"single": None}
     if not has_adapters:
         return tasks[0], settings, roles, ways
     names = list(roles)

@@ -28,6 +28,8 @@ class SpendingCaps:
 
     if TYPE_CHECKING:
         world_size: int
+        output_dir: str
+        device: torch.device
 
     max_hours: float | None = field(
         default=None, metadata={"help": "Wall-clock hours, restarts and preparation included, at which the run stops."}
