@@ -3,12 +3,14 @@ How fast the games step on one core, that no policy is paid more than the solver
 
     python bench/environments.py            # 10,000 random policies a task
     python bench/environments.py --quick    # 200
+    python bench/environments.py --measures steps_per_second    # only these; the others' results are kept
 
 Targets: at least 20,000 steps a second for tic_tac_toe, sokoban and plan_path; no reward above the solver's; a run in
 the sandbox ends within 2 seconds of its limit.
 """
 
 import argparse
+import json
 import random
 import statistics
 import sys
@@ -18,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from runs import write_results
+from runs import RESULTS, write_results
 
 from adamba.rewards import REWARDS
 from adamba.tasks import TASKS, tool_methods
@@ -26,6 +28,7 @@ from adamba.tasks.task import tool_call
 from adamba.tools.sandbox import Limits, find_backend, run_python
 
 STEPPED = {"tic_tac_toe": ("play", "cell"), "sokoban": ("move", "moves"), "plan_path": ("move", "moves")}
+MEASURES = ("steps_per_second", "sandbox", "random_policies")
 REPEATS = 7
 WEIGHTS = {"correctness": 1.0, "format": 0.1, "tool_use": 0.1, "efficiency": 0.1}
 PROGRAMS = ("def solve(xs): return xs", "def solve(xs): return 0", "def solve(xs): return sum(xs)", "x = (", "")
@@ -160,12 +163,23 @@ def sandbox_run(name: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--measures", nargs="+", default=MEASURES, choices=MEASURES)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="of random_policies")
     options = parser.parse_args()
     started = time.monotonic()
     num_games, num_policies = (100, 200) if options.quick else (1000, 10_000)
-    rows = [steps_per_second(name, num_games) for name in STEPPED]
-    rows += [sandbox_run(name) for name in UNENDING]
-    rows += [random_policies(name, num_policies) for name in TASKS]
+    rows: list[dict[str, Any]] = []
+    if "steps_per_second" in options.measures:
+        rows += [steps_per_second(name, num_games) for name in STEPPED]
+    if "sandbox" in options.measures:
+        rows += [sandbox_run(name) for name in UNENDING]
+    if "random_policies" in options.measures:
+        rows += [random_policies(name, num_policies) for name in options.tasks]
+    previous = RESULTS / "environments.json"
+    done = {(row["measure"], row.get("task"), row.get("run")) for row in rows}
+    for row in json.loads(previous.read_text(encoding="utf-8"))["rows"] if previous.is_file() else ():
+        if (row["measure"], row.get("task"), row.get("run")) not in done:
+            rows.append(row)
     targets = {"steps_per_second": 20_000, "above_solver": 0, "over_limit": 2.0}
     write_results("environments", rows, started, targets=targets, sandbox=find_backend().name)
 

@@ -103,10 +103,11 @@ def ways_to_play(
     settings = dict((recipe.get("task_settings") or {}).get(tasks[0], {}))
     shown_roles, fraction = settings.pop("roles", None), settings.pop("role_fraction", 0.0)
     roles = recipe.get("roles") or shown_roles
+    ways: dict[str, dict[str, str] | None] = {"team": None}
     if not recipe.get("roles"):
-        return tasks[0], settings, roles, {"single": None} | ({"team": None} if fraction else {})
+        ways = {"single": None, "team": None} if fraction else {"single": None}
     if not has_adapters:
-        return tasks[0], settings, roles, {"team": None}
+        return tasks[0], settings, roles, ways
     names = list(roles)
     return (
         tasks[0],

@@ -36,16 +36,12 @@ def main() -> None:
     logger.info("mix: %s", log_mix(data_args.mix))
 
     reward_functions, args.reward_weights = select_rewards(args.rewards)
-    rows = prompt_rows(
-        data_args.mix,
-        args.num_prompts,
-        split="train",
-        seed=data_args.mix_seed,
-        settings=data_args.task_settings,
-    )
+    options = {"seed": data_args.mix_seed, "settings": data_args.task_settings}
+    rows = prompt_rows(data_args.mix, args.num_prompts, split="train", **options)
+    held_out = prompt_rows(data_args.mix, args.num_eval_prompts, split="test", **options)
     environments = {name: ENVIRONMENTS[name] for name in rows.unique("environment")}
     team = team_settings(args, environments) if args.roles else None
-    if args.max_tool_calling_iterations is None:
+    if team is None and args.max_tool_calling_iterations is None:
         args.max_tool_calling_iterations = tool_call_limit(rows)
 
     model, tokenizer = load_model_and_tokenizer(model_args, training=True)
@@ -53,6 +49,7 @@ def main() -> None:
     common = {
         "args": args,
         "train_dataset": rows,
+        "eval_dataset": held_out if args.num_eval_prompts else None,
         "processing_class": tokenizer,
         "max_generated_tokens": args.max_generated_tokens,
     }

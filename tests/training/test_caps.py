@@ -1,15 +1,22 @@
 """`max_hours` and `max_cost_usd`: a run stops before it crosses them and keeps a checkpoint."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
+from trl import DPOConfig, GRPOConfig, SFTConfig
 
 from adamba.errors import UserError
 from adamba.training import caps
+from adamba.training.agent_config import AgentConfig
+from adamba.training.pretraining import PretrainConfig
 from adamba.training.session import train
+from adamba.training.sft import MixSFTConfig
 from models import hybrid
+from run_dpo import PreferenceConfig
 
 HOUR = 3600.0
 
@@ -113,3 +120,20 @@ def test_a_broken_record_is_named(tmp_path) -> None:
     (tmp_path / caps.SPENT_FILE).write_text("{")
     with pytest.raises(UserError, match=r"spent\.json: not what a run wrote"):
         caps.read_spent(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (AgentConfig, GRPOConfig),
+        (PreferenceConfig, DPOConfig),
+        (MixSFTConfig, SFTConfig),
+        (PretrainConfig, TrainingArguments),
+    ],
+)
+def test_caps_leave_every_default_of_the_librarys_config(ours: type, theirs: type) -> None:
+    own = {"trust_remote_code", *(vars(PretrainConfig)["__annotations__"] if ours is PretrainConfig else ())}
+    fields = {field.name: field for field in dataclasses.fields(ours)}
+    changed = [f.name for f in dataclasses.fields(theirs) if f.name not in own and fields[f.name].default != f.default]
+    assert changed == []
+    assert {"max_hours", "max_cost_usd", "usd_per_gpu_hour"} <= fields.keys()

@@ -1,8 +1,8 @@
 """Roles that share one environment: who they are, what each reads, and how the solver plays them.
 
-In a turn the roles speak in order. One that proposes writes what it would do, one that calls acts by the task's tools,
-one that answers ends the episode with its text. Each reads the state as it is now and what the others said before it in
-this turn.
+In a turn the roles speak in order. One that proposes writes what it would do, one that calls acts by the task's
+tools, one that answers ends the episode with its text. Each reads the state as it is now and what the others said
+before it in this turn.
 """
 
 import random

@@ -26,6 +26,9 @@ class AgentConfig(SpendingCaps, GRPOConfig):
         metadata={"help": f"Reward -> weight: {', '.join(REWARDS)}. A team is paid by alpha instead."},
     )
     num_prompts: int = field(default=2048, metadata={"help": "Different instances to play."})
+    num_eval_prompts: int = field(
+        default=0, metadata={"help": "Held-out instances for eval_strategy and load_best_model_at_end."}
+    )
     max_generated_tokens: int | None = field(
         default=None, metadata={"help": "Stop after this many tokens that the model wrote."}
     )
@@ -48,6 +51,8 @@ class AgentConfig(SpendingCaps, GRPOConfig):
         for name in ("num_prompts", "max_turns", "num_parallel_games"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} must be 1 or more")
+        if self.eval_strategy != "no" and self.num_eval_prompts < 1:
+            raise UserError(f"eval_strategy: {self.eval_strategy} needs num_eval_prompts above 0")
         if not 0 < self.turn_discount <= 1:
             raise UserError(f"turn_discount: {self.turn_discount} must be above 0 and at most 1")
         if self.alpha < 0:

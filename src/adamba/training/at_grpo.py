@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import TrainerCallback
 
 from adamba.errors import UserError
 from adamba.tasks.roles import Role
 from adamba.training.agent_trainer import AgentGRPOTrainer
 from adamba.training.games import Group, play_games
-from adamba.training.role_adapters import activate, save_roles
+from adamba.training.role_adapters import activate, save_roles, train_all_roles
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,11 @@ class AtGrpoTrainer(AgentGRPOTrainer):
             args.beta = 0.0
         super().__init__(reward_funcs=[team, local], rollout_func=self._play_batch, **kwargs)
         self.beta = args.beta = beta
-        if team_settings.per_role:
-            self.add_callback(_TrainAllAdapters())
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.team_settings.per_role:
+            train_all_roles(self.accelerator.unwrap_model(self.model))
+        return super().create_optimizer(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A checkpoint to resume from holds the adapters; what is published, the base beside them."""
@@ -104,7 +105,7 @@ class AtGrpoTrainer(AgentGRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rows = inputs
         output = super()._generate_and_score_completions(inputs)
-        blocks = output["prompt_ids"].view(len(self._groups), self.num_generations, -1)
+        blocks = output["prompt_ids"].view(len(self._groups), self._group_size, -1)
         if not torch.equal(blocks, blocks[:, :1].expand_as(blocks)):
             raise RuntimeError("AT-GRPO: a block of rows has more than one prompt, so it is not one group")
         turns = self._of_rows([group.turn for group in self._groups])
@@ -115,7 +116,7 @@ class AtGrpoTrainer(AgentGRPOTrainer):
 
     def _play_batch(self, prompts: list, trainer: Any) -> dict[str, Any]:
         """TRL's `rollout_func`: as many rows as prompts, in blocks that are groups."""
-        settings, size = self.team_settings, self.num_generations
+        settings, size = self.team_settings, self._group_size
         seconds = 0.0
 
         def speak(prompt_ids: list[list[int]], role: str) -> list[list[int]]:
@@ -159,7 +160,11 @@ class AtGrpoTrainer(AgentGRPOTrainer):
 
     def _of_rows(self, of_groups: list[int]) -> torch.Tensor:
         values = torch.tensor(of_groups, device=self.accelerator.device)
-        return values.repeat_interleave(self.num_generations)
+        return values.repeat_interleave(self._group_size)
+
+    @property
+    def _group_size(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
 
     def _log_groups(self) -> None:
         """Share of unusable candidates of each role."""
@@ -167,10 +172,13 @@ class AtGrpoTrainer(AgentGRPOTrainer):
             own = [item.local for group in self._groups if group.role_index == index for item in group.candidates]
             if own:
                 rate = 1.0 - sum(own) / len(own)
-                self._metrics["train"][f"games/{role.name}/invalid_action_rate"].append(rate)
+                mode = "train" if self.model.training else "eval"
+                self._metrics[mode][f"games/{role.name}/invalid_action_rate"].append(rate)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         self._row_roles = inputs["role_index"]
+        if self.team_settings.per_role:
+            train_all_roles(self.accelerator.unwrap_model(model))  # the reference's pass has frozen some
         return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(
@@ -192,12 +200,3 @@ class AtGrpoTrainer(AgentGRPOTrainer):
         logps = torch.cat([part[0] for part in parts])[back]
         entropies = None if parts[0][1] is None else torch.cat([part[1] for part in parts])[back]
         return logps, entropies, None
-
-
-class _TrainAllAdapters(TrainerCallback):
-    """A resumed model comes back with only one adapter trainable."""
-
-    def on_train_begin(self, args, state, control, model: PeftModel | None = None, **kwargs):
-        if isinstance(model, PeftModel):
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_("lora_" in name)

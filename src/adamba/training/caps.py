@@ -8,6 +8,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -19,8 +20,16 @@ SPENT_FILE = "spent.json"  # beside the run's checkpoint-N folders: what earlier
 
 
 @dataclass
-class SpendingCaps(TrainingArguments):
-    """`TrainingArguments` with caps. They change no result, so raising one goes on with the same run."""
+class SpendingCaps:
+    """
+    Caps for a `TrainingArguments` class: name this one before it. They change no result, so raising one goes on with
+    the same run. It is no `TrainingArguments` itself: their defaults would replace those of TRL's configs.
+    """
+
+    if TYPE_CHECKING:
+        world_size: int
+        output_dir: str
+        device: torch.device
 
     max_hours: float | None = field(
         default=None, metadata={"help": "Wall-clock hours, restarts and preparation included, at which the run stops."}
@@ -31,7 +40,7 @@ class SpendingCaps(TrainingArguments):
     usd_per_gpu_hour: float | None = field(default=None, metadata={"help": "Price of one process's device."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[misc]
         for key in ("max_hours", "max_cost_usd", "usd_per_gpu_hour"):
             value = getattr(self, key)
             if value is not None and value <= 0:

@@ -117,7 +117,7 @@ def is_success(outcome: dict[str, float]) -> bool:
 
 
 def team_value(outcome: dict[str, float]) -> float:
-    """Worth of a state: its score, or half of the way done; both depend on the board alone, so circles earn nothing."""
+    """Worth of a state: its score, or half of the way done. Both depend on the board alone: circles earn nothing."""
     return max(outcome["score"], 0.5 * outcome.get("progress", 0.0))
 
 
@@ -134,22 +134,29 @@ def consider(game: Game, text: str) -> Candidate:
         tool = getattr(environment, "_tool", None)
         usable = bool(content) and not calls and len(content) <= MAX_NOTE_CHARACTERS
         if tool is None or not usable:
-            return Candidate(text, environment, "", team_value(environment._outcome()), float(usable))
+            return Candidate(text, environment, "", 0.5 * team_value(environment._outcome()), float(usable))
         trial = copy.deepcopy(environment)
         getattr(trial, tool[0])(**{tool[1]: content})
-        return Candidate(text, environment, "", team_value(trial._outcome()), _accepted(environment, trial))
+        return Candidate(text, environment, "", *_judged(environment, trial))
     after = copy.deepcopy(environment)
     if len(calls) != 1:
         result = "error: call one tool" if not calls else "error: one call a turn"
-        return Candidate(text, environment, result, team_value(environment._outcome()), 0.0)
+        return Candidate(text, environment, result, 0.5 * team_value(environment._outcome()), 0.0)
     allowed = [tool for tool in tool_methods(after) if not role.tools or tool.__name__ in role.tools]
     result, _ = run_tool_call(calls[0], allowed)
-    return Candidate(text, after, result, team_value(after._outcome()), _accepted(environment, after))
+    return Candidate(text, after, result, *_judged(environment, after))
 
 
-def _accepted(before: Any, after: Any) -> float:
-    """Whether a call counted as a valid one."""
-    return float(after._outcome()["valid_calls"] > before._outcome()["valid_calls"])
+def _judged(before: Any, after: Any) -> tuple[float, float]:
+    """
+    Team and local reward of a call. Half of the team's is the worth of the new state, half whether the call came as
+    near as one can: where a state is worth nothing in every direction, that still tells them apart. Both compare
+    candidates in one state and are never summed over turns, so going to and fro earns nothing.
+    """
+    old, new = before._outcome(), after._outcome()
+    accepted = new["valid_calls"] > old["valid_calls"]
+    good = new["good_calls"] > old["good_calls"] if "good_calls" in new else accepted
+    return 0.5 * team_value(new) + 0.5 * good, float(accepted)
 
 
 def advance(game: Game, candidate: Candidate, num_tokens: int) -> None:

@@ -15,9 +15,14 @@ def add_role_adapters(model: PreTrainedModel, config: PeftConfig, roles: Sequenc
     adapted = get_peft_model(model, config, adapter_name=roles[0])
     for role in roles[1:]:
         adapted.add_adapter(role, config)
-    for name, parameter in adapted.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+    train_all_roles(adapted)
     return adapted
+
+
+def train_all_roles(model: PeftModel) -> None:
+    """Let every adapter learn. PEFT freezes all but the active one when adapters are loaded or switched on again."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
 
 
 def activate(model: PeftModel, role: str) -> None:

@@ -1,0 +1,267 @@
+"""Tokens and tools counted, unreadable calls answered; AT-GRPO's rows are groups, advantages inside them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from adamba.data import train_tokenizer
+from adamba.errors import UserError
+from adamba.model import AdambaForCausalLM
+from adamba.rewards import correctness
+from adamba.tasks import ENVIRONMENTS, TASKS
+from adamba.tasks.roles import select_roles
+from adamba.training.agent_config import AgentConfig, team_settings, tool_call_limit
+from adamba.training.agent_rows import prompt_rows
+from adamba.training.agent_trainer import UNREADABLE, AgentGRPOTrainer, answer_unreadable_calls
+from adamba.training.at_grpo import AtGrpoTrainer, TeamSettings
+from adamba.training.lora import LoraArguments, peft_config
+from adamba.training.role_adapters import activate, add_role_adapters, load_roles
+from models import smallest_config
+
+PATH = {"size": 4, "max_steps": 6, "moves_per_call": 2}
+TEAM = {"planner": {}, "actor": {}}
+CALL = '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([json.dumps(TASKS["plan_path"].example(seed, "train")) for seed in range(20)], 277)
+
+
+def tiny_model(tokenizer) -> AdambaForCausalLM:
+    torch.manual_seed(0)
+    model = AdambaForCausalLM(smallest_config(len(tokenizer), max_position_embeddings=1024))
+    model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def path_rows(count: int):
+    return prompt_rows({"plan_path": 1.0}, count, split="train", seed=0, settings={"plan_path": PATH})
+
+
+def config(folder: Path, **changes) -> AgentConfig:
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 24,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "gradient_checkpointing": False,
+    }
+    return AgentConfig(**settings | changes)
+
+
+def scripted(trainer, texts: list[str]) -> None:
+    """Let the trainer's model say these texts in turn, whatever it reads."""
+    said = iter(texts)
+    encode = trainer._tokenizer.encode
+
+    def generate(prompts, *args, **kwargs):
+        return [encode(next(said) + "<|im_end|>") for _ in prompts], None
+
+    trainer._generate_single_turn = generate
+
+
+def team_trainer(tokenizer, folder: Path, team: TeamSettings, model=None, **changes) -> AtGrpoTrainer:
+    return AtGrpoTrainer(
+        team_settings=team,
+        model=model or tiny_model(tokenizer),
+        args=config(folder, **changes),
+        train_dataset=path_rows(40),
+        processing_class=tokenizer,
+    )
+
+
+def test_unreadable_unknown_and_refused_calls_are_answered_and_counted_by_name(tokenizer, tmp_path: Path) -> None:
+    trainer = AgentGRPOTrainer(
+        model=tiny_model(tokenizer),
+        reward_funcs=[correctness],
+        args=config(tmp_path, max_completion_length=600, num_generations=2, per_device_train_batch_size=4),
+        train_dataset=path_rows(8),
+        processing_class=tokenizer,
+        environment_factory={"plan_path": ENVIRONMENTS["plan_path"]},
+    )
+    half = '<tool_call>\n{"name": "move", "argu'
+    unknown, wrong = CALL.format("fly", '{"moves": "R"}'), CALL.format("move", '{"speed": 3}')
+    refused, garbage = CALL.format("move", '{"moves": 7}'), "\x00 ~~"
+    scripted(trainer, [half, unknown, wrong, refused, garbage, garbage, garbage, garbage])
+    rows = [path_rows(2)[index // 2] for index in range(4)]
+    trainer.model.train()
+    heard = []
+    suffix = trainer._get_tool_suffix_ids
+    trainer._get_tool_suffix_ids = lambda messages: heard.extend(messages) or suffix(messages)
+    output = trainer._generate_and_score_completions(rows)
+    answers = [message["content"] for message in heard]
+    assert answers[0] == "error: the tool call is not valid JSON"
+    assert "fly" in answers[1] and "not found" in answers[1]
+    assert "argument" in answers[2] and answers[3].startswith("Not moves.")
+    metrics = {key: values[-1] for key, values in trainer._metrics["train"].items() if key.startswith("tools/")}
+    assert metrics["tools/move/call_frequency"] == 0.5 and metrics["tools/move/failure_frequency"] == 1.0
+    assert metrics[f"tools/{UNREADABLE}/call_frequency"] == 0.25
+    assert metrics["tools/call_frequency"] == 1.0
+    mask = output["completion_mask"] * output["tool_mask"]
+    assert trainer.num_generated_tokens == mask.sum() < output["completion_mask"].sum(), "tool tokens are masked"
+
+
+def test_a_readable_turn_is_parsed_as_before(tokenizer) -> None:
+    texts = ["hello", CALL.format("move", '{"moves": "RD"}')]
+    ids = [tokenizer.encode(text + "<|im_end|>") for text in texts]
+    before = [tokenizer.parse_response(one, prefix="") for one in ids]
+    answer_unreadable_calls(tokenizer)
+    assert [tokenizer.parse_response(one, prefix="") for one in ids] == before
+    broken = tokenizer.parse_response(tokenizer.encode('<tool_call>\n{"name": 3}\n</tool_call><|im_end|>'), prefix="")
+    assert broken["tool_calls"][0]["function"] == {
+        "name": UNREADABLE,
+        "arguments": {"error": "error: the tool call has no name"},
+    }
+
+
+def test_advantages_are_normalised_inside_a_group_and_discounted_by_turn(tokenizer, tmp_path: Path) -> None:
+    roles = select_roles(TEAM, ENVIRONMENTS["plan_path"])
+    team = TeamSettings(roles, alpha=2.0, turn_discount=0.5, num_parallel_games=1)
+    trainer = team_trainer(tokenizer, tmp_path, team, per_device_train_batch_size=32)
+    say = [
+        "",
+        "UUU",
+        "DR",
+        "R",
+        CALL.format("move", '{"moves": "?"}'),
+        CALL.format("move", '{"moves": "D"}'),
+        "no",
+        "",
+    ]
+    scripted(trainer, say * 4)
+    trainer.model.train()
+    rows = path_rows(8)
+    inputs = [rows[index // 4] for index in range(32)]
+    output = trainer._generate_and_score_completions(inputs)
+    groups = trainer._groups
+    assert [group.key[1] for group in groups[:2]] == ["planner", "actor"] and {g.turn for g in groups} >= {0, 1}
+    for number, group in enumerate(groups):
+        rewards = torch.tensor([2.0 * one.team + one.local for one in group.candidates])
+        expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4) * 0.5**group.turn
+        torch.testing.assert_close(output["advantages"][4 * number : 4 * number + 4], expected, atol=1e-5, rtol=1e-4)
+        assert output["role_index"][4 * number : 4 * number + 4].tolist() == [group.role_index] * 4
+        prompts = output["prompt_ids"][4 * number : 4 * number + 4]
+        assert (prompts == prompts[0]).all()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_each_role_trains_its_own_adapter_and_is_published_with_the_base(tokenizer, tmp_path: Path, beta) -> None:
+    roles = select_roles(TEAM, ENVIRONMENTS["plan_path"])
+    base = tiny_model(tokenizer)
+    untouched = {name: value.clone() for name, value in base.state_dict().items()}
+    model = add_role_adapters(base, peft_config(LoraArguments(use_peft=True, lora_r=4)), ["planner", "actor"])
+    before = {name: value.clone() for name, value in model.named_parameters() if "lora_" in name}
+    team = TeamSettings(roles, per_role=True, num_parallel_games=2)
+    trainer = team_trainer(tokenizer, tmp_path, team, model, per_device_train_batch_size=16, beta=beta)
+    say = ["DR", "?", "R", "UU", CALL.format("move", '{"moves": "D"}'), CALL.format("move", '{"moves": "R"}'), "", "?"]
+    order = [say[:4] * 2, say[4:] * 2] * 20
+    scripted(trainer, [text for part in order for text in part])
+    trainer.train()
+    moved = {name for name, value in model.named_parameters() if name in before and not value.equal(before[name])}
+    for role in ("planner", "actor"):
+        assert any(f".{role}." in name for name in moved), f"the adapter of {role} did not learn"
+    ids = torch.randint(30, 200, (2, 9))
+    logits = {}
+    for role in ("planner", "actor"):
+        activate(model, role)
+        logits[role] = model.eval()(ids).logits
+    assert not torch.allclose(logits["planner"], logits["actor"])
+
+    trainer.save_model(str(tmp_path / "published"))
+    again = AdambaForCausalLM.from_pretrained(tmp_path / "published")
+    assert all(torch.equal(value, untouched[name]) for name, value in again.state_dict().items())
+    loaded = load_roles(again, tmp_path / "published")
+    assert isinstance(loaded, PeftModel)
+    for role in ("planner", "actor"):
+        activate(loaded, role)
+        torch.testing.assert_close(loaded.eval()(ids).logits, logits[role])
+
+
+def test_rows_of_two_roles_get_the_log_probabilities_of_their_own_adapter(tokenizer, tmp_path: Path) -> None:
+    roles = select_roles(TEAM, ENVIRONMENTS["plan_path"])
+    model = add_role_adapters(
+        tiny_model(tokenizer), peft_config(LoraArguments(use_peft=True, lora_r=4)), ["planner", "actor"]
+    )
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                value.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    trainer = team_trainer(tokenizer, tmp_path, TeamSettings(roles, per_role=True), model)
+    model.eval()
+    ids, mask = torch.randint(30, 200, (6, 12)), torch.ones(6, 12, dtype=torch.long)
+    trainer._row_roles = torch.tensor([0, 1, 1, 0, 0, 1])
+    with torch.no_grad():
+        mixed, _, _ = trainer._get_per_token_logps_and_entropies(model, ids, mask, 5)
+        for row, role in enumerate([0, 1, 1, 0, 0, 1]):
+            trainer_rows, trainer._row_roles = trainer._row_roles, torch.tensor([role])
+            alone, _, _ = trainer._get_per_token_logps_and_entropies(model, ids[row : row + 1], mask[:1], 5)
+            trainer._row_roles = trainer_rows
+            torch.testing.assert_close(mixed[row : row + 1], alone)
+
+
+def test_training_stops_at_the_tokens_that_were_allowed(tokenizer, tmp_path: Path) -> None:
+    team = TeamSettings(select_roles(TEAM, ENVIRONMENTS["plan_path"]), max_turns=3)
+    trainer = AtGrpoTrainer(
+        team_settings=team,
+        model=tiny_model(tokenizer),
+        args=config(tmp_path, max_steps=50),
+        train_dataset=path_rows(40),
+        processing_class=tokenizer,
+        max_generated_tokens=250,
+    )
+    trainer.train()
+    assert 250 <= trainer.num_generated_tokens < 250 + 8 * 24 and trainer.state.global_step < 50
+    assert trainer.state.log_history[-2]["num_generated_tokens"] == trainer.num_generated_tokens
+
+
+def test_longest_episode_of_a_task_sets_the_limit_of_calls() -> None:
+    rows = [TASKS["plan_path"].prompt(seed, "train", min_steps=6, moves_per_call=1) for seed in range(20)]
+    assert tool_call_limit(rows) == max(2 * row_steps(row) + 2 for row in rows) > 8
+    assert tool_call_limit([TASKS["tic_tac_toe"].prompt(0, "train")]) == 8
+
+
+def row_steps(row: dict) -> int:
+    environment = ENVIRONMENTS["plan_path"]()
+    environment.reset(**row)
+    return environment._best_calls
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"roles": {"boss": {}}}, "unknown role 'boss'"),
+        ({"roles": {"coder": {}}}, "no tool named 'submit'"),
+        ({"policy": "per_role"}, "policy: per_role needs roles"),
+        ({"turn_discount": 0.0}, "turn_discount: 0.0"),
+        ({"max_turns": 0}, "max_turns: 0"),
+        ({"alpha": -1.0}, "alpha: -1.0"),
+    ],
+)
+def test_bad_team_keys_get_one_line(changes: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        team_settings(config(tmp_path, **changes), ["plan_path"])
+
+
+def test_candidates_must_fill_the_rows_of_a_process(tokenizer, tmp_path: Path) -> None:
+    args = config(tmp_path)
+    args.per_device_train_batch_size = 2  # as on each of several processes
+    with pytest.raises(UserError, match="num_generations: 4 candidates do not divide the 2 rows"):
+        AtGrpoTrainer(
+            team_settings=TeamSettings(select_roles(TEAM, ENVIRONMENTS["plan_path"])),
+            model=tiny_model(tokenizer),
+            args=args,
+            train_dataset=path_rows(4),
+            processing_class=tokenizer,
+        )
