@@ -20,6 +20,7 @@ from adamba.rewards import REWARDS, select_rewards
 from adamba.tasks import ENVIRONMENTS
 from adamba.training.agent_rows import prompt_rows
 from adamba.training.caps import SpendingCaps
+from adamba.training.hub_keys import HubKeys
 from adamba.training.lora import LoraArguments, merge_adapters, peft_config
 from adamba.training.session import finish, logger, measures, start, train
 
@@ -27,7 +28,7 @@ MAX_TOOL_CALLS = 8  # TRL's loop does not end with the environment; the longest 
 
 
 @dataclass
-class AgentConfig(SpendingCaps, GRPOConfig):
+class AgentConfig(SpendingCaps, HubKeys, GRPOConfig):
     """`GRPOConfig` and what playing the tasks adds."""
 
     trust_remote_code: bool = field(default=False, init=False)  # the key is ModelArguments'

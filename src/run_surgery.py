@@ -20,6 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from adamba.data import load_mixture, pack_rows
 from adamba.data.arguments import DataArguments
 from adamba.errors import UserError, one_line, user_errors
+from adamba.hub import HubArguments, hub_target, push_run
 from adamba.loading import ModelArguments, check_config_keys, load_model_and_tokenizer
 from adamba.model import AdambaConfig, AdambaForCausalLM
 from adamba.publish import publish
@@ -86,8 +87,11 @@ class AtWidth:
 
 @user_errors()
 def main() -> None:
-    model_args, data_args, args, recipe = parse(ModelArguments, DataArguments, SurgeryArguments)
+    model_args, data_args, hub_args, args, recipe = parse(
+        ModelArguments, DataArguments, HubArguments, SurgeryArguments
+    )
     setup_logging()
+    target = hub_target(hub_args, args.output_dir)
     started = time.monotonic()
     before, tokenizer = load_model_and_tokenizer(model_args)
     before.eval()
@@ -118,6 +122,8 @@ def main() -> None:
     }
     publish(after, tokenizer, args.output_dir, recipe, metrics, {"model": str(model_args.model_name_or_path)})
     logger.info("wrote %s: %d parameters", Path(args.output_dir), after.num_parameters())
+    if target is not None:
+        logger.info("pushed to %s", push_run(args.output_dir, target))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ RENAMED_KEYS = {
     "batch_size": "per_device_train_batch_size",
     "epochs": "num_train_epochs",
     "gradient_clipping": "max_grad_norm",
+    "hub_private_repo": "hub_private",
     "max_prompt_length": "max_length",
     "max_seq_length": "max_length",
     "model": "model_name_or_path",

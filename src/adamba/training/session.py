@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from adamba.errors import UserError
 from adamba.flops import elastic_flops_per_token, training_flops_per_token
 from adamba.gpus import rated_flops_per_second
+from adamba.hub import hub_target, push_run
 from adamba.publish import last_checkpoint, publish, trainer_dir
 from adamba.recipe import Recipe
 from adamba.training.caps import SpendingCaps, StopAtCap, refuse_used_up
@@ -26,6 +27,10 @@ def start(args: TrainingArguments, recipe: Recipe, inputs: Mapping[str, str]) ->
     """
     Seed and set up the log, and give the Trainer a working folder of its own. Returns the folder that the recipe
     named, where `finish` publishes.
+
+    Raises:
+        UserError: what would only show after hours: no output_dir, a cap that is used up, a Hub that cannot be
+            written to.
     """
     setup_logging(is_main_process=args.process_index == 0)
     set_seed(args.seed)
@@ -34,6 +39,8 @@ def start(args: TrainingArguments, recipe: Recipe, inputs: Mapping[str, str]) ->
     published = Path(args.output_dir)
     args.output_dir = str(trainer_dir(published, recipe, inputs))
     refuse_used_up(args)
+    args.hub_target = hub_target(args, published) if args.process_index == 0 else None
+    args.push_to_hub = False  # the Trainer's own push sends every checkpoint; `finish` sends what is published
     return published
 
 
@@ -149,5 +156,5 @@ def finish(
     publish(trainer, tokenizer, output_dir, recipe, dict(metrics), inputs)
     if trainer.is_world_process_zero():
         logger.info("wrote %s", output_dir)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+        if (target := getattr(trainer.args, "hub_target", None)) is not None:
+            logger.info("pushed to %s", push_run(output_dir, target))
