@@ -19,9 +19,8 @@ from adamba.model_card import model_card
 
 logger = logging.getLogger("adamba")
 
-TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[
-    0
-]  # of the HTTP library that this huggingface_hub is built on
+# Of the HTTP library that this huggingface_hub is built on.
+TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 # An upload's failure comes inside a RuntimeError; ValueError: an answer that is no Hub's.
 FAILURES: tuple[type[Exception], ...] = (HfHubHTTPError, TRANSPORT_ERROR, OSError, RuntimeError, ValueError)
 WAITS_SECONDS = (2.0, 8.0, 32.0, 128.0)  # after each failure but the last

@@ -1,5 +1,5 @@
-"""`push_to_hub: true` in the real scripts, against a Hub on this machine: branches, cards, and loading back in a process
-that has no `adamba`."""
+"""`push_to_hub: true` in the real scripts, against a Hub on this machine: branches, cards, and loading back in a
+process that has no `adamba`."""
 
 import os
 import subprocess

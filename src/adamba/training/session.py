@@ -18,6 +18,7 @@ from adamba.gpus import rated_flops_per_second
 from adamba.hub import hub_target, push_run
 from adamba.publish import last_checkpoint, publish, trainer_dir
 from adamba.recipe import Recipe
+from adamba.secrets_kept import RedactingFilter
 from adamba.training.caps import SpendingCaps, StopAtCap, refuse_used_up
 
 logger = logging.getLogger("adamba")
@@ -47,6 +48,9 @@ def start(args: TrainingArguments, recipe: Recipe, inputs: Mapping[str, str]) ->
 def setup_logging(is_main_process: bool = True) -> None:
     """Our lines on stderr, once; from libraries errors only (without kernels the torch paths run, as documented)."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        if not any(isinstance(found, RedactingFilter) for found in handler.filters):
+            handler.addFilter(RedactingFilter())
     logger.setLevel(logging.INFO if is_main_process else logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
