@@ -3,13 +3,15 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from adamba.data.cards import Card, load_cards
 from adamba.errors import UserError
+
+if TYPE_CHECKING:
+    from adamba.data.cards import Card
 
 # In this order at the head of the card; everything else is in metrics.json.
 HEADLINES = {
@@ -75,7 +77,7 @@ def front_matter(
     run: Mapping[str, Any],
     metrics: Mapping[str, Any],
     values: Mapping[str, Any],
-    cards: Mapping[str, Card],
+    cards: "Mapping[str, Card]",
 ) -> dict[str, Any]:
     """The card's metadata: the Hub's own keys with the results as `model-index`, and the resolved recipe."""
     results = [
@@ -103,8 +105,10 @@ def front_matter(
     return data.to_dict() | {"adamba": {"script": run["script"], "commit": run["commit"], "recipe": dict(values)}}
 
 
-def used_cards(values: Mapping[str, Any]) -> dict[str, Card]:
+def used_cards(values: Mapping[str, Any]) -> "dict[str, Card]":
     """The data cards of a recipe's mix, as far as they can still be read."""
+    from adamba.data.cards import load_cards  # its package loads datasets; who only plans or lists runs does not wait
+
     mix = values.get("mix")
     try:
         known = load_cards(values.get("cards_dir") or "data_cards") if isinstance(mix, dict) else {}
@@ -119,7 +123,7 @@ def _measured_on(key: str, mix: Mapping[str, float]) -> str | None:
     return max(found, key=len, default=None)
 
 
-def _data_rows(cards: Mapping[str, Card], mix: Mapping[str, float]) -> list[str]:
+def _data_rows(cards: "Mapping[str, Card]", mix: Mapping[str, float]) -> list[str]:
     total = sum(mix.values())
     rows = ["| data | share | licence | where from |", "|---|---|---|---|"]
     for source, card in cards.items():
