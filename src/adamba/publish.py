@@ -250,9 +250,9 @@ def describe_hardware() -> str:
 
 def _recipe_text(recipe: Recipe) -> str:
     # through JSON: enums and tuples become the plain values YAML can hold
-    plain = json.loads(json.dumps(recipe.resolved, default=str))
+    plain = json.loads(redacted(json.dumps(recipe.resolved, default=str, ensure_ascii=False)))
     command = f"# accelerate launch src/{Path(recipe.script).name} recipe.yaml\n"
-    return command + redacted(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=119))
+    return command + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=119)
 
 
 def _plain_metrics(metrics: Metrics) -> dict[str, Any]:
