@@ -74,12 +74,22 @@ test: $(STAMP)  ## lint, types and all tests: exactly what CI runs
 	if [ $$status -ne 0 ]; then echo "make test: failed, see above"; fi; \
 	exit $$status
 
+# By the form of known providers' keys; a high entropy alone is a hash here (run.json, constraints).
+SECRET_SCAN := $(PY) -m detect_secrets.pre_commit_hook --disable-plugin Base64HighEntropyString \
+  --disable-plugin HexHighEntropyString --disable-plugin KeywordDetector
+
+.PHONY: audit
+audit: $(STAMP)  ## are pinned dependencies known to be vulnerable? Needs a network; fails on a finding
+	$(PY) .ci/audit.py --strict
+
 .PHONY: quality
-quality: $(STAMP)  ## format and lint checks (ruff) and types (mypy)
+quality: $(STAMP)  ## format and lint checks (ruff), types (mypy), secrets in files, vulnerable dependencies
 	@status=0; \
 	for check in "ruff format --check ." "ruff check ." "mypy"; do \
 	  echo "$(PY) -m $$check"; $(PY) -m $$check || status=$$?; \
 	done; \
+	echo "git ls-files | $(SECRET_SCAN)"; git ls-files -z | xargs -0 $(SECRET_SCAN) || status=$$?; \
+	$(PY) .ci/audit.py; \
 	if [ $$status -ne 0 ]; then echo "make quality: failed; 'make format' mends layout"; fi; \
 	exit $$status
 

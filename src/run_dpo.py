@@ -18,12 +18,13 @@ from adamba.recipe import parse
 from adamba.training.agent_rows import preference_rows
 from adamba.training.caps import SpendingCaps
 from adamba.training.freezing import freeze_idle
+from adamba.training.hub_keys import HubKeys
 from adamba.training.lora import LoraArguments, merge_adapters, peft_config
 from adamba.training.session import finish, logger, measures, start, train
 
 
 @dataclass
-class PreferenceConfig(SpendingCaps, DPOConfig):
+class PreferenceConfig(SpendingCaps, HubKeys, DPOConfig):
     """`DPOConfig` and how many pairs there are."""
 
     trust_remote_code: bool = field(default=False, init=False)  # the key is ModelArguments'

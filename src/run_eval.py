@@ -19,6 +19,7 @@ from adamba.data import load_mixture, pack_rows
 from adamba.data.arguments import DataArguments
 from adamba.errors import UserError, user_errors
 from adamba.flops import flops_per_token
+from adamba.hub import HubArguments, hub_target, push_run
 from adamba.loading import ModelArguments, load_model_and_tokenizer
 from adamba.model import AdambaForCausalLM
 from adamba.model.decoding_adamba import OPTIONS
@@ -61,7 +62,8 @@ class EvalArguments:
 
 @user_errors()
 def main() -> None:
-    model_args, data_args, args, _ = parse(ModelArguments, DataArguments, EvalArguments)
+    model_args, data_args, hub_args, args, _ = parse(ModelArguments, DataArguments, HubArguments, EvalArguments)
+    target = hub_target(hub_args, model_args.model_name_or_path or "")
     calibration = calibration_settings(args.calibrate)
     # Without `cpu`, accelerate sees one process where several of gloo were launched.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()))
@@ -112,6 +114,8 @@ def main() -> None:
         metrics |= calibrate_checkpoint(model, tokenizer, model_args.model_name_or_path, games, spare, calibration)
     metrics["eval_seconds"] = time.monotonic() - started
     update_metrics(model_args.model_name_or_path, metrics)
+    if target is not None:
+        logger.info("pushed to %s", push_run(model_args.model_name_or_path, target))
     for key in sorted(metrics):
         if not key.startswith("gate_bin"):
             value = metrics[key]

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from adamba.data.arguments import DataArguments
 from adamba.disk import check_output_dir
 from adamba.errors import UserError, one_line, user_errors
+from adamba.hub import HubArguments, hub_target, push_run
 from adamba.loading import ModelArguments
 from adamba.loading_streamed import load_or_open
 from adamba.operations import SurgeryArguments, check_rows, plan, sort, verify
@@ -33,9 +34,12 @@ from adamba.training.session import logger, peak_memory_bytes, setup_logging
 
 @user_errors()
 def main() -> None:
-    model_args, data_args, args, recipe = parse(ModelArguments, DataArguments, SurgeryArguments)
+    model_args, data_args, hub_args, args, recipe = parse(
+        ModelArguments, DataArguments, HubArguments, SurgeryArguments
+    )
     setup_logging()
     check_output_dir(args.output_dir)
+    target = hub_target(hub_args, args.output_dir)
     started = time.monotonic()
     before, tokenizer, weights = load_or_open(model_args, args.streaming)
     before.eval()
@@ -75,6 +79,8 @@ def main() -> None:
     except (ValueError, StrictDataclassError) as error:
         raise UserError(f"{recipe.path or 'command line'}: {one_line(error)}") from error
     logger.info("wrote %s: %d parameters", Path(args.output_dir), metrics["num_parameters"])
+    if target is not None:
+        logger.info("pushed to %s", push_run(args.output_dir, target))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from adamba.secrets_kept import redacted
+
 
 class UserError(ValueError):
     """Bad input. Its message is one line naming the file, the key, the value and what would work."""
@@ -18,7 +20,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {redacted(one_line(error))}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -17,7 +17,7 @@ from adamba.errors import UserError
 
 # Where a run writes and how it talks, rather than what it computes.
 KEYS_WITHOUT_EFFECT = frozenset(
-    "disable_tqdm env hub_model_id hub_private_repo hub_revision hub_strategy hub_token log_completions log_level "
+    "disable_tqdm env hub_model_id hub_private hub_revision hub_strategy log_completions log_level "
     "log_level_replica log_on_each_node logging_dir logging_first_step logging_steps logging_strategy max_cost_usd "
     "max_hours num_completions_to_print output_dir push_to_hub report_to resume_from_checkpoint run_name save_steps "
     "save_strategy save_total_limit trackio_space_id project usd_per_gpu_hour".split()

@@ -69,6 +69,9 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UserError(f"dtype: {self.dtype!r} is unknown; use {', '.join(DTYPES)}")
+        if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
+            asked = self.attn_implementation
+            raise UserError(f"attn_implementation: {asked} is code from the Hub; trust_remote_code: true runs it")
         ways = [self.model_name_or_path, self.depth, self.model_config]
         if self.model_name_or_path is not None and (self.depth is not None or self.model_config is not None):
             raise UserError(
@@ -122,6 +125,7 @@ def load_checkpoint(name_or_path: str, dtype: str = "float32", **options) -> Pre
                 name_or_path,
                 dtype=getattr(torch, dtype),
                 output_loading_info=True,
+                use_safetensors=True,  # a pickle could run code
                 ignore_mismatched_sizes=True,  # refused below, by name
                 **options,
             )

@@ -25,6 +25,7 @@ from adamba.errors import UserError
 from adamba.fingerprint import hash_file, run_fingerprint
 from adamba.model_card import model_card
 from adamba.recipe_file import Recipe
+from adamba.secrets_kept import redacted
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "numpy")
 
@@ -208,7 +209,7 @@ def _describe_run(folder: Path, recipe: Recipe, inputs: Mapping[str, str]) -> di
     return {
         **run_fingerprint(recipe.code, recipe.values, inputs),
         "script": Path(recipe.script).name,
-        "command": " ".join(["python", *sys.argv]),
+        "command": redacted(" ".join(["python", *sys.argv])),
         "recipe_file": recipe.path,
         "input_paths": dict(inputs),
         "python": platform.python_version(),
@@ -237,7 +238,7 @@ def describe_hardware() -> str:
 
 def _recipe_text(recipe: Recipe) -> str:
     # through JSON: enums and tuples become the plain values YAML can hold
-    plain = json.loads(json.dumps(recipe.resolved, default=str))
+    plain = json.loads(redacted(json.dumps(recipe.resolved, default=str, ensure_ascii=False)))
     command = f"# accelerate launch src/{Path(recipe.script).name} recipe.yaml\n"
     return command + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=119)
 

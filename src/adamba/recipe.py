@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, get_type_hints
@@ -23,14 +24,24 @@ from adamba.fingerprint import fingerprint_code
 from adamba.launch import check_launch
 from adamba.recipe_file import Recipe, read_recipe
 from adamba.recipe_values import contains, describe, fit, fit_text
+from adamba.secrets_kept import is_secret_name
 
 _UNSET = object()
+
+# What a recipe's `env` may set: how libraries compute and talk, never programs, plugins, addresses or secrets.
+ENVIRONMENT_NAMES = re.compile(
+    r"ADAMBA_[A-Z_]+|(OMP|MKL)_NUM_THREADS|NCCL_(DEBUG|P2P_DISABLE|IB_DISABLE|SOCKET_IFNAME|IB_HCA|ALGO|PROTO)"
+    r"|CUDA_(VISIBLE_DEVICES|LAUNCH_BLOCKING|DEVICE_MAX_CONNECTIONS)|PYTORCH_(CUDA_)?ALLOC_CONF"
+    r"|TOKENIZERS_PARALLELISM|(HF_HUB|HF_DATASETS|TRANSFORMERS)_OFFLINE|HF_HUB_(DISABLE_XET|DOWNLOAD_TIMEOUT)"
+    r"|WANDB_(PROJECT|MODE)|TRACKIO_(PROJECT|DIR)"
+)
 
 # Keys of older versions of the stack and common abbreviations that no spelling distance would find.
 RENAMED_KEYS = {
     "batch_size": "per_device_train_batch_size",
     "epochs": "num_train_epochs",
     "gradient_clipping": "max_grad_norm",
+    "hub_private_repo": "hub_private",
     "max_prompt_length": "max_length",
     "max_seq_length": "max_length",
     "model": "model_name_or_path",
@@ -122,6 +133,12 @@ class AdambaParser(TrlParser):
         environment = values.pop("env", {})
         if not isinstance(environment, dict):
             raise UserError(f"{path}: key 'env': got {environment!r}, needs a mapping of environment variables")
+        for name in environment:
+            if not ENVIRONMENT_NAMES.fullmatch(str(name)):
+                raise UserError(
+                    f"{path}: key 'env': {name} may not be set by a recipe, which cannot choose what code runs or "
+                    f"where it connects; set it in the shell"
+                )
         unknown = [key for key in values if key not in self.hints]
         if unknown:
             raise UserError(f"{path}: " + "; ".join(self._unknown(key, values[key]) for key in unknown))
@@ -157,6 +174,9 @@ class AdambaParser(TrlParser):
             raise UserError(f"{source}: key '{key}': {error}") from None
 
     def _unknown(self, key: str, value: Any) -> str:
+        if is_secret_name(key):
+            where = "no place in a recipe or on a command line; set HF_TOKEN or run `hf auth login`"
+            return f"key '{key}': a secret has {where}"
         given = f" (given {value!r})" if value != "" else ""
         return f"key '{key}': unknown{given}{self._hint(key)}"
 

@@ -27,9 +27,9 @@ class SpendingCaps:
     """
 
     if TYPE_CHECKING:
-        world_size: int
-        output_dir: str
-        device: torch.device
+        output_dir: str = ""
+        world_size: int = 1
+        device: torch.device = torch.device("cpu")
 
     max_hours: float | None = field(
         default=None, metadata={"help": "Wall-clock hours, restarts and preparation included, at which the run stops."}

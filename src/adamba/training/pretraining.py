@@ -9,12 +9,13 @@ from transformers import Trainer, TrainingArguments
 from adamba.errors import UserError
 from adamba.training.caps import SpendingCaps
 from adamba.training.elastic import ElasticArguments, ElasticLossMixin
+from adamba.training.hub_keys import HubKeys
 from adamba.training.optimizers import OptimizerMixin
 
 
 @dataclass
-class PretrainConfig(SpendingCaps, TrainingArguments):
-    """`TrainingArguments`, its caps, and what the phases add."""
+class PretrainConfig(SpendingCaps, HubKeys, TrainingArguments):
+    """`TrainingArguments`, caps, the Hub, and what the phases add."""
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs every column."})
     max_length: int = field(default=2048, metadata={"help": "Tokens in a packed row."})

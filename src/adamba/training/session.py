@@ -17,8 +17,10 @@ from adamba.errors import UserError
 from adamba.fingerprint import run_fingerprint
 from adamba.flops import elastic_flops_per_token, training_flops_per_token
 from adamba.gpus import rated_flops_per_second
+from adamba.hub import hub_target, push_run
 from adamba.publish import publish, trainer_dir
 from adamba.recipe import Recipe
+from adamba.secrets_kept import RedactingFilter
 from adamba.training.caps import SpendingCaps, StopAtCap, refuse_used_up
 from adamba.training.checkpoints import checkpoint_to_resume, differences, seal_what_is_saved, sign
 from adamba.training.interruptions import Interruptions
@@ -30,6 +32,10 @@ def start(args: TrainingArguments, recipe: Recipe, inputs: Mapping[str, str]) ->
     """
     Seed and set up the log, and give the Trainer a working folder of its own. Returns the folder that the recipe
     named, where `finish` publishes.
+
+    Raises:
+        UserError: what would only show after hours: no output_dir, a cap that is used up, a Hub that cannot be
+            written to.
     """
     setup_logging(is_main_process=args.process_index == 0)
     set_seed(args.seed)
@@ -59,6 +65,8 @@ def start(args: TrainingArguments, recipe: Recipe, inputs: Mapping[str, str]) ->
         if args.save_strategy != "no" or args.resume_from_checkpoint:
             sign(folder, record)
     refuse_used_up(args)
+    args.hub_target = hub_target(args, published) if args.process_index == 0 else None
+    args.push_to_hub = False  # the Trainer's own push sends every checkpoint; `finish` sends what is published
     return published
 
 
@@ -84,6 +92,9 @@ def check_space(trainer: Trainer) -> None:
 def setup_logging(is_main_process: bool = True) -> None:
     """Our lines on stderr, once; from libraries errors only (without kernels the torch paths run, as documented)."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        if not any(isinstance(found, RedactingFilter) for found in handler.filters):
+            handler.addFilter(RedactingFilter())
     logger.setLevel(logging.INFO if is_main_process else logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -206,5 +217,5 @@ def finish(
     publish(trainer, tokenizer, output_dir, recipe, dict(metrics), inputs)
     if trainer.is_world_process_zero():
         logger.info("wrote %s", output_dir)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+        if (target := getattr(trainer.args, "hub_target", None)) is not None:
+            logger.info("pushed to %s", push_run(output_dir, target))

@@ -16,11 +16,12 @@ from adamba.data.packing import IGNORED_LABEL, tokenize_rows
 from adamba.errors import UserError
 from adamba.training.caps import SpendingCaps
 from adamba.training.elastic import ElasticArguments, ElasticLossMixin
+from adamba.training.hub_keys import HubKeys
 from adamba.training.optimizers import OptimizerMixin
 
 
 @dataclass
-class MixSFTConfig(SpendingCaps, SFTConfig):
+class MixSFTConfig(SpendingCaps, HubKeys, SFTConfig):
     """`SFTConfig` and the size of the evaluation. `packing` means this package's best fit."""
 
     num_eval_rows: int = field(
