@@ -95,7 +95,7 @@ def test_a_config_becomes_the_environment_of_its_processes(path: Path, monkeypat
             if key.startswith(("FSDP_", "ACCELERATE_USE_FSDP")):
                 monkeypatch.setenv(key, value)
         plugin = FullyShardedDataParallelPlugin()
-        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward
         assert set(plugin.transformer_cls_names_to_wrap) == set(AdambaForCausalLM._no_split_modules)
 
 
