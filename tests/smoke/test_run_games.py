@@ -122,4 +122,4 @@ def test_a_checkpoint_of_several_tasks_is_not_played(run, checkpoint, tmp_path: 
     (checkpoint / "recipe.yaml").write_text(f"mix: {json.dumps(mix)}\n")
     with pytest.raises(SystemExit):
         run("run_games.py", "--model_name_or_path", checkpoint)
-    assert "needs exactly one task to play, has plan_path, sudoku" in capsys.readouterr().err
+    assert "needs exactly one task, has plan_path, sudoku" in capsys.readouterr().err
