@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from trl import DPOConfig, GRPOConfig, SFTConfig
 
 from adamba.errors import UserError
 from adamba.training import caps
 from adamba.training.session import train
+from adamba.training.sft import MixSFTConfig
 from models import hybrid
+from run_dpo import PreferenceConfig
+from run_grpo import AgentConfig
 
 HOUR = 3600.0
 
@@ -113,3 +117,11 @@ def test_a_broken_record_is_named(tmp_path) -> None:
     (tmp_path / caps.SPENT_FILE).write_text("{")
     with pytest.raises(UserError, match=r"spent\.json: not what a run wrote"):
         caps.read_spent(str(tmp_path))
+
+
+def test_the_mixins_keep_the_defaults_of_each_trainer() -> None:
+    for config, base in ((MixSFTConfig, SFTConfig), (AgentConfig, GRPOConfig), (PreferenceConfig, DPOConfig)):
+        ours, theirs = config.__dataclass_fields__, base.__dataclass_fields__
+        for name in ("learning_rate", "logging_steps", "bf16", "gradient_checkpointing"):
+            assert ours[name].default == theirs[name].default, (config, name)
+        assert not ours["hub_token"].init and not ours["hub_private_repo"].init

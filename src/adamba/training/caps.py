@@ -8,6 +8,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -18,9 +19,16 @@ from adamba.errors import UserError
 SPENT_FILE = "spent.json"  # beside the run's checkpoint-N folders: what earlier starts of it have used
 
 
+# No subclass at run time: its fields would put the defaults of `TrainingArguments` over those of TRL's configs.
+if TYPE_CHECKING:
+    Base = TrainingArguments
+else:
+    Base = object
+
+
 @dataclass
-class SpendingCaps(TrainingArguments):
-    """`TrainingArguments` with caps. They change no result, so raising one goes on with the same run."""
+class SpendingCaps(Base):
+    """Put before a class of `TrainingArguments`. Caps change no result: raising one goes on with the same run."""
 
     max_hours: float | None = field(
         default=None, metadata={"help": "Wall-clock hours, restarts and preparation included, at which the run stops."}

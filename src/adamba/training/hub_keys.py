@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
-
 
 @dataclass
-class HubKeys(TrainingArguments):
-    """`TrainingArguments` without a token, which has no place in a recipe, and private unless said otherwise."""
+class HubKeys:
+    """Put before a class of `TrainingArguments`: no token, which has no place in a recipe, and private by default."""
 
     hub_private: bool = field(default=True, metadata={"help": "Make the repository private if it is new."})
     hub_private_repo: bool | None = field(default=None, init=False)  # hub_private says it

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from adamba.errors import UserError
 from adamba.training.caps import SpendingCaps
@@ -14,7 +14,7 @@ from adamba.training.optimizers import OptimizerMixin
 
 
 @dataclass
-class PretrainConfig(SpendingCaps, HubKeys):
+class PretrainConfig(SpendingCaps, HubKeys, TrainingArguments):
     """`TrainingArguments`, caps, the Hub, and what the phases add."""
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs every column."})
