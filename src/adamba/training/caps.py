@@ -8,7 +8,6 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -19,15 +18,9 @@ from adamba.errors import UserError
 SPENT_FILE = "spent.json"  # beside the run's checkpoint-N folders: what earlier starts of it have used
 
 
-# No subclass at run time: its fields would put the defaults of `TrainingArguments` over those of TRL's configs.
-if TYPE_CHECKING:
-    Base = TrainingArguments
-else:
-    Base = object
-
-
+# No subclass of `TrainingArguments`: its fields would put their defaults over those of TRL's configs.
 @dataclass
-class SpendingCaps(Base):
+class SpendingCaps:
     """Put before a class of `TrainingArguments`. Caps change no result: raising one goes on with the same run."""
 
     max_hours: float | None = field(
