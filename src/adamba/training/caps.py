@@ -8,7 +8,6 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -19,17 +18,10 @@ from adamba.errors import UserError
 SPENT_FILE = "spent.json"  # beside the run's checkpoint-N folders: what earlier starts of it have used
 
 
+# No subclass of `TrainingArguments`: its fields would put their defaults over those of TRL's configs.
 @dataclass
 class SpendingCaps:
-    """
-    Caps for a `TrainingArguments` class: name this one before it. They change no result, so raising one goes on with
-    the same run. It is no `TrainingArguments` itself: their defaults would replace those of TRL's configs.
-    """
-
-    if TYPE_CHECKING:
-        output_dir: str = ""
-        world_size: int = 1
-        device: torch.device = torch.device("cpu")
+    """Put before a class of `TrainingArguments`. Caps change no result: raising one goes on with the same run."""
 
     max_hours: float | None = field(
         default=None, metadata={"help": "Wall-clock hours, restarts and preparation included, at which the run stops."}
@@ -40,7 +32,7 @@ class SpendingCaps:
     usd_per_gpu_hour: float | None = field(default=None, metadata={"help": "Price of one process's device."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[misc]
+        super().__post_init__()
         for key in ("max_hours", "max_cost_usd", "usd_per_gpu_hour"):
             value = getattr(self, key)
             if value is not None and value <= 0:
