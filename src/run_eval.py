@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 
 from adamba.data import load_mixture, pack_rows
 from adamba.data.arguments import DataArguments
@@ -57,6 +56,7 @@ class EvalArguments:
         },
     )
     play_batch_size: int = field(default=256, metadata={"help": "Episodes played at once."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU, whatever GPUs there are."})
     max_new_tokens: int = field(default=96, metadata={"help": "Tokens in one turn of the model."})
 
 
@@ -66,7 +66,7 @@ def main() -> None:
     target = hub_target(hub_args, model_args.model_name_or_path or "")
     calibration = calibration_settings(args.calibrate)
     # Without `cpu`, accelerate sees one process where several of gloo were launched.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()))
+    state = PartialState(cpu=args.use_cpu or not torch.cuda.is_available())
     setup_logging(state.is_main_process)
     started = time.monotonic()
     model, tokenizer = load_model_and_tokenizer(model_args)

@@ -48,7 +48,7 @@ def test_evaluation_shares_the_episodes(trained: Path, monkeypatch: pytest.Monke
     for name in ("one", "two"):
         shutil.copytree("trained", name)
     games = {"num_rows": 4, "exit_thresholds": [1.0], "num_episodes": {"calculator": 3, "tic_tac_toe": 2}}
-    write_recipe(trained / "eval.yaml", DATA | games | {"max_new_tokens": 8})
+    write_recipe(trained / "eval.yaml", DATA | games | {"max_new_tokens": 8, "use_cpu": True})
     runner(monkeypatch)("run_eval.py", "eval.yaml", "--model_name_or_path", "one")
     output = launch(trained, "run_eval.py", "eval.yaml", "--model_name_or_path", "two")
     assert output.count("held-out loss") == 1, "two processes that know of each other have one that reports"
