@@ -16,6 +16,7 @@ from adamba.loading import ModelArguments, load_checkpoint
 from adamba.recipe import parse
 from adamba.recipe_values import load_yaml
 from adamba.secrets_kept import TOKEN_FORM, RedactingFilter, is_secret_name, redacted
+from adamba.training.checkpoints import seal
 from adamba.training.pretraining import PretrainConfig
 from tiny_runs import ROOT, TRAIN, runner, save_hybrid, write_recipe
 
@@ -134,6 +135,7 @@ def test_a_trainers_checkpoint_cannot_run_code(tmp_path, monkeypatch) -> None:
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
         assert (first / name).is_file()
         (first / name).write_bytes(pickle.dumps(Bomb()))
+    seal(first)  # whoever swaps the files can vouch for them too
     with pytest.raises(BaseException, match=r"(?i)weights|unpickl|pickle"):
         run("run_pretrain.py", recipe)
     assert not (tmp_path / "exploded").exists()
@@ -146,6 +148,8 @@ def test_no_source_file_unpickles_or_evaluates() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
+                if name == "torch.load" and any(ast.unparse(word) == "weights_only=True" for word in node.keywords):
+                    continue
                 if re.fullmatch(r"eval|exec|compile|pickle\.\w+|dill\.\w+|torch\.load|joblib\.load|yaml\.load", name):
                     found.setdefault(path.name, set()).add(name)
                 elif re.fullmatch(r"os\.(system|popen)", name) or any(

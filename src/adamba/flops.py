@@ -18,11 +18,12 @@ TRAINING_FACTOR = 3  # backward is twice the forward
 
 
 class Work(NamedTuple):
-    """Forward FLOPs a token. Backward computes `weights` once for the input and once for the parameters, and `mixing`
-    twice for the inputs."""
+    """Forward FLOPs a token. Backward computes `weights` once for the input and once for the parameters, `mixing`
+    twice for the inputs, and `remade` once."""
 
     weights: float  # products with parameters
     mixing: float  # products of activations: attention scores and the scan
+    remade: float = 0.0  # the part of `mixing` that backward makes again instead of keeping it
 
     @property
     def total(self) -> float:
@@ -48,7 +49,8 @@ def mamba_layer_work(config: AdambaConfig, context_length: int) -> Work:
     convolution = conv_channels * config.mamba_conv_kernel
     within = config.mamba_num_groups * chunk * states + inner * chunk  # C·B of each group, then their weighted sum
     between = 2 * inner * states  # what a token adds to the state, and what it reads from it
-    return Work(2.0 * (projections + convolution), 2.0 * (within + between))
+    remade = config.mamba_num_groups * chunk * states + inner * states
+    return Work(2.0 * (projections + convolution), 2.0 * (within + between), 2.0 * remade)
 
 
 def layer_work(config: AdambaConfig, width=None, context_length: int = 0, causal: bool = True) -> list[Work]:
@@ -125,12 +127,12 @@ def training_flops_per_token(config, context_length: int, train_only: str = "all
     head = head_flops(config)
     forward = sum(work.total for work in layers) + head
     if train_only == "all":
-        return TRAINING_FACTOR * forward
+        return TRAINING_FACTOR * forward + sum(work.remade for work in layers)
     if "mamba" not in train_only:  # gates and router alone: nothing flows back through the model
         return forward
     mamba = [kind not in ATTENTION_LAYERS for kind in config.layer_types]
     first = mamba.index(True)
-    backward = sum(work.weights + 2 * work.mixing for work in layers[first:])
+    backward = sum(work.weights + 2 * work.mixing + work.remade for work in layers[first:])
     gradients = sum(work.weights for work, learns in zip(layers, mamba, strict=True) if learns)
     return forward + backward + gradients + head
 
@@ -138,7 +140,7 @@ def training_flops_per_token(config, context_length: int, train_only: str = "all
 def adapter_flops_per_token(config: AdambaConfig, context_length: int) -> float:
     """A plain step on LoRA adapters: frozen weights pass gradients on; the adapters' own products are left out."""
     layers = layer_work(config, None, context_length)
-    return sum(2 * work.weights + 3 * work.mixing for work in layers) + 2 * head_flops(config)
+    return sum(2 * work.weights + 3 * work.mixing + work.remade for work in layers) + 2 * head_flops(config)
 
 
 def elastic_flops_per_token(
@@ -162,8 +164,9 @@ def elastic_flops_per_token(
 
     def one_pass(level: int) -> float:
         width = None if level == len(names) - 1 else config.width_levels[names[level]]
-        work = sum(work.total for work in layer_work(config, width, context_length, causal))
-        return TRAINING_FACTOR * (work + head_flops(config)) + 2 * gate_flops(config)
+        layers = layer_work(config, width, context_length, causal)
+        forward = sum(work.total for work in layers) + head_flops(config)
+        return TRAINING_FACTOR * forward + sum(work.remade for work in layers) + 2 * gate_flops(config)
 
     full = len(names) - 1
     times = sampling_counts(weights, num_sampled_widths)
@@ -190,8 +193,8 @@ def sampling_counts(weights: Sequence[float], num_draws: int) -> list[float]:
 
 def num_parameters(config: AdambaConfig) -> dict[str, int]:
     """
-    Parameters of a hybrid by part: `embedding`, `attention` (with the MLPs), `mamba`, `gates` (with the router),
-    `head` (0 when tied) and `norm`. Sums to `model.num_parameters()`.
+    Parameters of a hybrid by part: `embedding`, `attention` (with the MLPs), `mamba`, `gates` (of the exits),
+    `router`, `head` (0 when tied) and `norm`. Sums to `model.num_parameters()`.
     """
     hidden, gain = config.hidden_size, int(config.norm_gain)
     norm = hidden * gain
@@ -216,7 +219,8 @@ def num_parameters(config: AdambaConfig) -> dict[str, int]:
         "embedding": embedding,
         "attention": attention,
         "mamba": mamba,
-        "gates": len(config.gate_layers) * gate + router,
+        "gates": len(config.gate_layers) * gate,
+        "router": router,
         "head": 0 if config.tie_word_embeddings else embedding,
         "norm": norm * (2 if config.embedding_norm else 1),
     }
@@ -225,7 +229,9 @@ def num_parameters(config: AdambaConfig) -> dict[str, int]:
 def num_trained(config: AdambaConfig, train_only: str = "all") -> int:
     """Parameters that learn under a recipe's `train_only`."""
     parts = num_parameters(config)
-    names = parts if train_only == "all" else re.findall("mamba|gates", train_only)
+    names = list(parts) if train_only == "all" else re.findall("mamba|gates|router", train_only)
+    if "gates" in names and train_only != "all":
+        names.append("router")  # it judges, as they do
     return sum(parts[name] for name in names)
 
 

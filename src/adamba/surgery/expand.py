@@ -82,7 +82,8 @@ def expand_tensor(name: str, old: torch.Tensor, config: AdambaConfig, wide: Adam
     fill = "zero" if name.endswith("lm_head.weight") and wide.tie_word_embeddings else role.fill
     std = 0.0
     if fill == "random":
-        std = max(float(torch.linalg.vector_norm(old, dtype=torch.float32)) / old.numel() ** 0.5, 1e-4)
+        norm = torch.linalg.vector_norm(old, dtype=torch.promote_types(old.dtype, torch.float32))
+        std = max(float(norm) / old.numel() ** 0.5, 1e-4)
     new = fresh_tensor(fill, shape, std, old.dtype, generator_for(name, seed))
     for block in itertools.product(*blocks):
         new[tuple(large for _, large in block)] = old[tuple(small for small, _ in block)]

@@ -65,8 +65,11 @@ class Weights(Mapping[str, torch.Tensor]):
         if index.is_file():
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         elif (folder / SAFE_WEIGHTS_NAME).is_file():
-            with safe_open(folder / SAFE_WEIGHTS_NAME, framework="pt") as file:
-                names = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+            try:
+                with safe_open(folder / SAFE_WEIGHTS_NAME, framework="pt") as file:
+                    names = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+            except SafetensorError as error:
+                raise ValueError(f"{folder / SAFE_WEIGHTS_NAME}: {error}; truncated or overwritten") from None
         else:
             raise ValueError(f"{folder}: no safetensors in it; surgery reads nothing else")
         for shard in sorted(set(names.values())):

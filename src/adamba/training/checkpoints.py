@@ -20,6 +20,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from adamba.errors import UserError, one_line
 from adamba.fingerprint import KEYS_WITHOUT_EFFECT, hash_file
+from adamba.secrets_kept import redacted
 
 logger = logging.getLogger("adamba")
 
@@ -116,7 +117,7 @@ def sign(folder: Path, record: Mapping[str, Any]) -> None:
     """Write down whose checkpoints a folder holds: `{"code", "inputs", "values", "rows_per_step"}`."""
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f"{RUN}.tmp"
-    aside.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    aside.write_text(redacted(json.dumps(record, indent=2, default=str)) + "\n", encoding="utf-8")
     os.replace(aside, folder / RUN)
 
 
@@ -127,7 +128,7 @@ def differences(folder: Path, record: Mapping[str, Any]) -> list[str] | None:
     """
     try:
         theirs = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        ours = json.loads(json.dumps(record, default=str))
+        ours = json.loads(redacted(json.dumps(record, default=str)))
         found = []
         before, now = ({**of["values"], "rows_per_step": of["rows_per_step"]} for of in (theirs, ours))
         for key in sorted({*before, *now} - KEYS_WITHOUT_EFFECT - BATCH_KEYS):
@@ -151,6 +152,7 @@ def checkpoint_to_resume(trainer: Trainer) -> str | None:
         UserError: a checkpoint of another run, its differences listed; or one that is damaged.
     """
     own = Path(trainer.args.output_dir)
+    trainer.accelerator.wait_for_everyone()  # the first process may still be signing the folder
     given = trainer.args.resume_from_checkpoint
     if given in (None, True, "true", "True"):
         return last_checkpoint(own)
