@@ -15,6 +15,14 @@ from models import hybrid
 SETTINGS = {"max_steps": 6, "save_strategy": "no", "lr_scheduler_type": "linear"}
 
 
+@pytest.fixture(autouse=True)
+def interrupts_are_heard():
+    """As at a terminal; a shell's background job, and so its tests, starts with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def signal_in_step(trainer, step: int, number: int) -> None:
     """The process gets the signal in the middle of this step."""
     original = trainer.training_step
