@@ -1,5 +1,6 @@
-"""Before anything expensive: can the output folder be written, and is there room for what will be?"""
+"""Files in one piece; and before anything expensive: can the folder be written, and is there room for what will be?"""
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -36,3 +37,14 @@ def check_output_dir(output_dir: str | Path, num_bytes: int = 0, what: str = "th
             f"output_dir: {output_dir} needs {num_bytes / GB:.3g} GB for {what}, but its disk has {free / GB:.3g} GB "
             f"free; free some, or name a folder on another disk"
         )
+
+
+def write_whole(path: Path, text: str, durable: bool = False) -> None:
+    """Put a text file in its place in one piece, or leave what was there; `durable`: first make sure it is on the disk."""
+    aside = path.with_name(f"{path.name}.tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(aside, path)

@@ -2,7 +2,6 @@
 by what goes wrong there."""
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import get_session, validate_repo_id
 
 from adamba.card_pictures import draw_pictures
+from adamba.disk import write_whole
 from adamba.errors import UserError, one_line
 from adamba.model_card import model_card
 
@@ -110,9 +110,7 @@ def push_run(folder: str | Path, target: HubTarget) -> str:
     """Draw the run's pictures, write its card for this repository and push all. Returns the commit's address."""
     folder = Path(folder)
     draw_pictures(folder)
-    card = folder / "README.md.tmp"
-    card.write_text(model_card(folder, target.repo_id, target.branch), encoding="utf-8")
-    os.replace(card, folder / "README.md")
+    write_whole(folder / "README.md", model_card(folder, target.repo_id, target.branch))
     return push_folder(folder, target)
 
 

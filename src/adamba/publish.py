@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from adamba.disk import write_whole
 from adamba.errors import UserError
 from adamba.fingerprint import hash_file, run_fingerprint
 from adamba.model_card import model_card
@@ -82,9 +83,7 @@ def update_metrics(output_dir: str | Path, metrics: Metrics) -> None:
     folder = Path(output_dir)
     merged = read_metrics(folder) | _plain_metrics(metrics)
     _write_json(folder / "metrics.json", merged)
-    card = folder / "README.md.tmp"
-    card.write_text(model_card(folder, folder.as_posix()), encoding="utf-8")
-    os.replace(card, folder / "README.md")
+    write_whole(folder / "README.md", model_card(folder, folder.as_posix()))
 
 
 def update_generation_config(output_dir: str | Path, changes: Mapping[str, Any]) -> None:
@@ -255,9 +254,7 @@ def _plain_metrics(metrics: Metrics) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    write_whole(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -181,16 +181,11 @@ def test_roles_of_math_answer_and_end_the_game(tokenizer) -> None:
 
 
 def test_a_block_that_is_no_group_is_refused(tokenizer) -> None:
-    groups, _ = play_games(
-        iter(rows(9)),
-        TEAM,
-        tokenizer,
-        Speaker(tokenizer, solver),
-        max_turns=9,
-        num_parallel=2,
-        num_candidates=2,
-        num_groups=6,
-    )
+    def play(num_rows: int, num_groups: int):
+        options = {"max_turns": 9, "num_parallel": 2, "num_candidates": 2, "num_groups": num_groups}
+        return play_games(iter(rows(num_rows)), TEAM, tokenizer, Speaker(tokenizer, solver), **options)
+
+    groups, _ = play(num_rows=9, num_groups=6)
     check_groups(groups, 2, 12)
     with pytest.raises(RuntimeError, match="do not fill 14 rows"):
         check_groups(groups, 2, 14)
@@ -198,13 +193,4 @@ def test_a_block_that_is_no_group_is_refused(tokenizer) -> None:
     with pytest.raises(RuntimeError, match="has 1 candidates, not 2"):
         check_groups(groups, 2, 12)
     with pytest.raises(ValueError, match="the rows ended after"):
-        play_games(
-            iter(rows(1)),
-            TEAM,
-            tokenizer,
-            Speaker(tokenizer, solver),
-            max_turns=9,
-            num_parallel=2,
-            num_candidates=2,
-            num_groups=99,
-        )
+        play(num_rows=1, num_groups=99)

@@ -4,7 +4,6 @@ with a checkpoint from which it goes on once the cap is raised.
 """
 
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import psutil
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
+from adamba.disk import write_whole
 from adamba.errors import UserError
 
 SPENT_FILE = "spent.json"  # beside the run's checkpoint-N folders: what earlier starts of it have used
@@ -133,7 +133,5 @@ class StopAtCap(TrainerCallback):
             folder = Path(self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             used = self.before + time.time() - psutil.Process().create_time()
-            aside = folder / f"{SPENT_FILE}.tmp"
             record = {"seconds": round(used, 3), "step_seconds": round(self.step_seconds, 3)}
-            aside.write_text(json.dumps(record) + "\n", encoding="utf-8")
-            os.replace(aside, folder / SPENT_FILE)
+            write_whole(folder / SPENT_FILE, json.dumps(record) + "\n")

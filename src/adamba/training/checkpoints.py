@@ -7,7 +7,6 @@ interrupted; one whose files differ from it was damaged. Older checkpoints go on
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from adamba.disk import write_whole
 from adamba.errors import UserError, one_line
 from adamba.fingerprint import KEYS_WITHOUT_EFFECT, hash_file
 from adamba.secrets_kept import redacted
@@ -39,12 +39,7 @@ def seal(checkpoint: Path) -> None:
         path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
         for path, digest in zip(files, hashes, strict=True)
     }
-    aside = checkpoint / f"{SEAL}.tmp"
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, checkpoint / SEAL)
+    write_whole(checkpoint / SEAL, json.dumps(content, indent=2), durable=True)
 
 
 def fault(checkpoint: Path) -> str | None:
@@ -116,9 +111,7 @@ def seal_what_is_saved(trainer: Trainer) -> None:
 def sign(folder: Path, record: Mapping[str, Any]) -> None:
     """Write down whose checkpoints a folder holds: `{"code", "inputs", "values", "rows_per_step"}`."""
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f"{RUN}.tmp"
-    aside.write_text(redacted(json.dumps(record, indent=2, default=str)) + "\n", encoding="utf-8")
-    os.replace(aside, folder / RUN)
+    write_whole(folder / RUN, redacted(json.dumps(record, indent=2, default=str)) + "\n")
 
 
 def differences(folder: Path, record: Mapping[str, Any]) -> list[str] | None:
