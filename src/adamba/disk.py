@@ -1,4 +1,4 @@
-"""Files in one piece; and before anything expensive: can the folder be written, and is there room for what will be?"""
+"""Files in one piece; and before anything expensive: can the folder be written, is there room?"""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ def check_output_dir(output_dir: str | Path, num_bytes: int = 0, what: str = "th
 
 
 def write_whole(path: Path, text: str, durable: bool = False) -> None:
-    """Put a text file in its place in one piece, or leave what was there; `durable`: first make sure it is on the disk."""
+    """Put a text file in its place in one piece, or leave what was there; `durable`: on the disk first."""
     aside = path.with_name(f"{path.name}.tmp")
     with aside.open("w", encoding="utf-8") as file:
         file.write(text)
