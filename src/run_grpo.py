@@ -22,6 +22,7 @@ from adamba.training.agent_rows import prompt_rows
 from adamba.training.agent_trainer import AgentGRPOTrainer
 from adamba.training.at_grpo import AtGrpoTrainer
 from adamba.training.freezing import freeze_idle
+from adamba.training.hard_prompts import unsolved_first
 from adamba.training.lora import LoraArguments, merge_adapters, peft_config
 from adamba.training.role_adapters import add_role_adapters
 from adamba.training.session import finish, logger, measures, start, train
@@ -46,6 +47,10 @@ def main() -> None:
 
     model, tokenizer = load_model_and_tokenizer(model_args, training=True)
     freeze_idle(model)
+    if args.unsolved_fraction is not None:
+        model.to(args.device)
+        options = {"max_new_tokens": args.max_completion_length}
+        rows = unsolved_first(model, tokenizer, rows, args.unsolved_fraction, **options)
     common = {
         "args": args,
         "train_dataset": rows,

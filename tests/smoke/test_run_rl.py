@@ -116,11 +116,20 @@ def test_grpo_without_tools(checkpoint: Path, tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "out" / "metrics.json").is_file()
 
 
+def test_grpo_on_what_is_not_solved_yet(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    change = {"model_name_or_path": str(checkpoint), "unsolved_fraction": 0.5, "max_steps": 1}
+    run_here("run_grpo.py", write(GRPO | change, tmp_path), monkeypatch)
+    assert "8 of 8 prompts are not solved yet; training on 8" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("script", "change", "message"),
     [
         ("run_grpo.py", {"rewards": {"speed": 1.0}}, "rewards: unknown reward 'speed'"),
         ("run_grpo.py", {"mix": {"chess": 1.0}}, "mix: 'chess' is unknown"),
+        ("run_grpo.py", {"unsolved_fraction": 2.0}, "unsolved_fraction: 2.0 must be above 0 and at most 1"),
         ("run_grpo.py", {"task_settings": {"calculator": {"size": 3}}}, "unknown key 'size'"),
         ("run_dpo.py", {"num_pairs": 0}, "num_pairs: 0"),
         ("run_dpo.py", {"data_files": {"pairs": "no.jsonl"}, "mix": {"pairs": 1.0}}, "no.jsonl: cannot read"),

@@ -180,7 +180,7 @@ def test_an_illegal_move_costs_and_an_unfinished_game_is_lost() -> None:
     environment.play(0)
     while not environment._done:
         environment.play(best_moves(environment._board)[0])
-    assert environment._outcome()["score"] == pytest.approx(0.9)
+    assert environment._outcome()["score"] == pytest.approx(0.5)
     environment.reset(**row)
     assert environment._outcome("I win.") | {"score": 0.0, "loss": 1.0, "win": 0.0} == environment._outcome("I win.")
     environment.play(best_moves(environment._board)[0])

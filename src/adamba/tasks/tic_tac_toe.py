@@ -32,7 +32,7 @@ NAME = "tic_tac_toe"
 PHRASINGS = ("Tic-tac-toe. You are {}.", "Play tic-tac-toe as {}.", "Let us play tic-tac-toe. You are {}.")
 STRENGTHS: dict[str, tuple[float, ...]] = {"perfect": (1.0,), "random": (0.0,), "mixed": (0.25, 0.5, 0.75)}
 MAX_ILLEGAL_MOVES = 3
-ILLEGAL_MOVE_PENALTY = 0.1
+ILLEGAL_MOVE_PENALTY = 0.5  # as a win turned into a draw: among bad games, an illegal move must not look good
 MAX_SAFE_MOVE_CREDIT = 0.2  # a lost game scores at most this, whatever its moves
 RESULTS: dict[int, tuple[str, str]] = {1: ("You win.", "I win."), 0: ("Draw.", "Draw."), -1: ("You lose.", "I lose.")}
 

@@ -27,6 +27,13 @@ class AgentConfig(SpendingCaps, HubKeys, GRPOConfig):
         metadata={"help": f"Reward -> weight: {', '.join(REWARDS)}. A team is paid by alpha instead."},
     )
     num_prompts: int = field(default=2048, metadata={"help": "Different instances to play."})
+    unsolved_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Play all prompts once before training, and keep those not solved and so many others that "
+            "this share is not solved."
+        },
+    )
     num_eval_prompts: int = field(
         default=0, metadata={"help": "Held-out instances for eval_strategy and load_best_model_at_end."}
     )
@@ -54,6 +61,10 @@ class AgentConfig(SpendingCaps, HubKeys, GRPOConfig):
                 raise UserError(f"{name}: {getattr(self, name)} must be 1 or more")
         if self.eval_strategy != "no" and self.num_eval_prompts < 1:
             raise UserError(f"eval_strategy: {self.eval_strategy} needs num_eval_prompts above 0")
+        if self.unsolved_fraction is not None and not 0 < self.unsolved_fraction <= 1:
+            raise UserError(f"unsolved_fraction: {self.unsolved_fraction} must be above 0 and at most 1")
+        if self.unsolved_fraction is not None and self.roles:
+            raise UserError("unsolved_fraction: one agent plays the prompts; leave it out with roles")
         if not 0 < self.turn_discount <= 1:
             raise UserError(f"turn_discount: {self.turn_discount} must be above 0 and at most 1")
         if self.alpha < 0:
