@@ -44,6 +44,7 @@ help:  ## list the targets
 setup: $(STAMP)  ## make the virtual environment .venv and install the pinned dependencies
 	@echo ".venv is ready: $$($(PY) --version), constraints.txt"
 
+# --no-compile: what is never imported need not be compiled; that is most of what is installed.
 $(STAMP): pyproject.toml constraints.txt
 	@found=""; for python in $${PYTHON:-python3} python3.13 python3.12 python3.11; do \
 	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
@@ -53,7 +54,7 @@ $(STAMP): pyproject.toml constraints.txt
 	       "Install one, or name it: make setup PYTHON=/path/to/python3.12" >&2; exit 2; fi; \
 	if ! $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	  echo "$$found -m venv --clear .venv"; $$found -m venv --clear .venv; fi
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PY) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
 .PHONY: setup-smollm2
@@ -143,9 +144,9 @@ agents: $(STAMP)  ## single-task agents from scratch (calculator, tic-tac-toe, b
 games: $(STAMP)  ## one agent against a team: SFT, GRPO, AT-GRPO with one policy and one a role, one table; resumes too
 	$(OFFLINE) $(PY) src/run_demo.py recipes/games $(ARGS)
 
-# Phases 5 and 6 are measured by the family's eval_agents.yaml where there is one, as `make demo` does.
+# As `make demo` does: by its own <name>_eval.yaml, else phases 5 and 6 by the family's eval_agents.yaml where there is one.
 IS_AGENT := $(if $(CHECKPOINT),$(findstring phase5,$(CHECKPOINT))$(findstring phase6,$(CHECKPOINT)),default)
-EVALUATION := $(firstword $(if $(IS_AGENT),$(wildcard $(MEASURED)/eval_agents.yaml)) $(MEASURED)/eval.yaml)
+EVALUATION := $(firstword $(wildcard $(MEASURED)/$(notdir $(CHECKPOINT))_eval.yaml) $(if $(IS_AGENT),$(wildcard $(MEASURED)/eval_agents.yaml)) $(MEASURED)/eval.yaml)
 
 .PHONY: eval
 eval: $(STAMP)  ## measure CHECKPOINT=<folder> (default: after phase 6) at every width and exit threshold

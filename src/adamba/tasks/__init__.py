@@ -7,7 +7,7 @@ from adamba.tasks.plan_path import PLAN_PATH
 from adamba.tasks.questions import QUESTIONS
 from adamba.tasks.sokoban import SOKOBAN
 from adamba.tasks.sudoku import SUDOKU
-from adamba.tasks.task import Split, Task, tool_methods, tool_schemas
+from adamba.tasks.task import Split, Task, no_solver, tool_methods, tool_schemas
 from adamba.tasks.tic_tac_toe import TIC_TAC_TOE
 
 TASKS: dict[str, Task] = {
@@ -17,4 +17,4 @@ TASKS: dict[str, Task] = {
 # What a row's `environment` column may name.
 ENVIRONMENTS: dict[str, type] = {name: cls for task in TASKS.values() for name, cls in task.environments.items()}
 
-__all__ = ["ENVIRONMENTS", "TASKS", "Split", "Task", "tool_methods", "tool_schemas"]
+__all__ = ["ENVIRONMENTS", "TASKS", "Split", "Task", "no_solver", "tool_methods", "tool_schemas"]

@@ -34,6 +34,8 @@ class Task:
         example: One solver-played conversation, `{"messages", "tools"}`.
         prompt: One row for RL and evaluation, `{"prompt", "environment", "seed", "split", ...}`.
         preference: One pair for DPO, `{"prompt", "chosen", "rejected", "tools"}`.
+
+    A task that nobody has a solver for passes `no_solver(name)` for the last two: it is played, not imitated.
     """
 
     name: str
@@ -46,6 +48,15 @@ class Task:
     def environment(self) -> type:
         """The default environment class."""
         return next(iter(self.environments.values()))
+
+
+def no_solver(name: str) -> Callable[..., Row]:
+    """`Task.example` and `Task.preference` of a task without a solver."""
+
+    def refuse(*args: object, **settings: object) -> Row:
+        raise UserError(f"mix: task {name} has no solver to imitate; use it in run_grpo.py and run_eval.py")
+
+    return refuse
 
 
 def tool_methods(environment: Any) -> list[Callable[..., str]]:
