@@ -15,6 +15,8 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from runs import RESULTS, write_results
 
 from adamba.rewards import REWARDS
-from adamba.tasks import TASKS, tool_methods
+from adamba.tasks import TASKS, code_task, questions, tool_methods
 from adamba.tasks.task import tool_call
 from adamba.tools.sandbox import Limits, find_backend, run_python
 
 STEPPED = {"tic_tac_toe": ("play", "cell"), "sokoban": ("move", "moves"), "plan_path": ("move", "moves")}
 MEASURES = ("steps_per_second", "sandbox", "random_policies")
 REPEATS = 7
+NUM_INSTANCES = 200  # a task; many policies meet each
 WEIGHTS = {"correctness": 1.0, "format": 0.1, "tool_use": 0.1, "efficiency": 0.1}
 PROGRAMS = ("def solve(xs): return xs", "def solve(xs): return 0", "def solve(xs): return sum(xs)", "x = (", "")
 UNENDING = {
@@ -89,13 +92,32 @@ def random_argument(rng: random.Random, name: str, row: dict, solver_values: lis
     return rng.choice(PROGRAMS) if name in ("submit", "code_interpreter") and rng.random() < 0.9 else value
 
 
+@cache
+def instance(name: str, seed: int) -> tuple[dict, list[dict]]:
+    """A row to play from, and the solver's turns in the example of the same seed."""
+    turns = TASKS[name].example(seed, "train")["messages"]
+    return TASKS[name].prompt(seed, "train"), [turn for turn in turns if turn["role"] == "assistant"]
+
+
+def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which runs a program only once: the same one answers the same."""
+    answers: dict[str, Any] = {}
+
+    def call(*args: Any) -> Any:
+        key = repr(args)
+        if key not in answers:
+            answers[key] = function(*args)
+        return answers[key]
+
+    return call
+
+
 def play_policy(name: str, seed: int, follow_solver: bool) -> float:
     """The weighted reward of one episode: the solver's, or a random policy's."""
     task, rng = TASKS[name], random.Random(seed)
-    row = task.prompt(seed, "train")
+    row, turns = instance(name, seed % NUM_INSTANCES)
     environment = task.environments[row["environment"]]()
     environment.reset(**row)
-    turns = [message for message in task.example(seed, "train")["messages"] if message["role"] == "assistant"]
     if not follow_solver:
         tools = {tool.__name__: tool for tool in tool_methods(environment)}
         arguments = [call["function"]["arguments"] for turn in turns for call in turn.get("tool_calls", [])]
@@ -130,7 +152,7 @@ PARAMETERS = {"cell", "moves", "cells", "expression", "code", "x"}
 
 
 def random_policies(name: str, count: int) -> dict[str, Any]:
-    """The best reward of `count` random policies beside the solver's, each on an instance of its own."""
+    """The best reward of `count` random policies beside the solver's. Each program is run once."""
     # The example of tic_tac_toe may begin in a lost position, which its prompt never does.
     solver = (
         1.0
@@ -169,6 +191,8 @@ def main() -> None:
     started = time.monotonic()
     num_games, num_policies = (100, 200) if options.quick else (1000, 10_000)
     rows: list[dict[str, Any]] = []
+    code_task.run_tests, code_task.interpret = remembered(code_task.run_tests), remembered(code_task.interpret)
+    questions.interpret = remembered(questions.interpret)
     if "steps_per_second" in options.measures:
         rows += [steps_per_second(name, num_games) for name in STEPPED]
     if "sandbox" in options.measures:
