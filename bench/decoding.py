@@ -26,6 +26,7 @@ from side_by_side import in_turn, speedup
 
 BATCHES = (1, 8, 32)
 NUM_LAYERS = 4
+TARGET = "full width 1.2 x the faster transformers hybrid"
 
 
 def decoder(model, ids: torch.Tensor, num_tokens: int, **options) -> Callable[[], torch.Tensor]:
@@ -125,10 +126,8 @@ def main() -> None:
             rows += bench_peers(hidden, batch, options.prompt, options.new_tokens, options.repeats)
         if options.checkpoint:
             rows += bench_modes(options.checkpoint, batch, options.new_tokens, options.repeats)
-        print(f"batch {batch}: {time.monotonic() - started:.0f} s", flush=True)
-    target = "full width 1.2 x the faster transformers hybrid"
-    facts = {"layers": NUM_LAYERS, "repeats": options.repeats, "quick": options.quick}
-    write_results("decoding", rows, started, target=target, **facts)
+        facts = {"layers": NUM_LAYERS, "repeats": options.repeats, "quick": options.quick, "target": TARGET}
+        write_results("decoding", rows, started, **facts)
 
 
 if __name__ == "__main__":

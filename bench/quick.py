@@ -2,7 +2,7 @@
 Has anything become slower? A few ratios to peers, measured small, against the stored ones.
 
     make bench-quick                      # under 3 minutes; exit code 1 if a ratio fell beyond the noise
-    python bench/quick.py --store         # after a change that is meant: 5 rounds, written to bench/results/quick.json
+    python bench/quick.py --store         # after a change that is meant: 4 rounds, written to bench/results/quick.json
 
 Ratios within one run, of CPU time, carry over between machines far better than seconds; higher is better in all. The
 noise is the spread of the rounds of `--store`: a ratio may fall by 3 standard deviations of a new round around the
@@ -22,22 +22,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from runs import RESULTS, write_results
 
-ROUNDS = 5
+ROUNDS = 4
 STANDARD_DEVIATIONS = 3
 LEAST_FALL = 0.07  # of which no less is called a regression
 
 
 def mamba() -> dict[str, float]:
-    """The plain torch Mamba-2 layer: training at length 2,048 (speed, memory) and a decode step."""
+    """The plain torch Mamba-2 path at length 2,048, and a decode step."""
     from mamba import bench_decode, bench_length
 
-    measured = bench_length(256, 2048, "path", 5, with_memory=True)
+    measured = bench_length(256, 2048, "path", 5, with_memory=False)
     rows = {row["measure"]: row for row in measured if row["other"].endswith("64")}
     (decode,) = bench_decode(256, 8, 9)
     return {
         "mamba_training": rows["training"]["speedup_cpu_time"],
         "mamba_forward": rows["forward"]["speedup_cpu_time"],
-        "mamba_training_memory": 1 / rows["training"]["memory_ratio"],
         "mamba_decode": decode["speedup_cpu_time"],
     }
 
@@ -46,7 +45,8 @@ def training_step() -> dict[str, float]:
     """A training step against transformers' hybrids; full width against its twin; a narrow step against its FLOPs."""
     from training_step import bench_elastic, bench_peers
 
-    peers = {row["other"]: row for row in bench_peers(128, 256, "fp32", 5) if row["measure"] == "peers"}
+    rows = bench_peers(128, 256, "fp32", 5, with_memory=False)
+    peers = {row["other"]: row for row in rows if row["measure"] == "peers"}
     twin, narrow = bench_elastic(128, 256, "fp32", 7)
     return {f"step_{other}": row["speedup_cpu_time"] for other, row in peers.items()} | {
         "full_width": 1 / twin["cpu_time_ratio"],
