@@ -6,8 +6,8 @@ What a command costs before it works: `run_sft.py --help`, and the first optimiz
 
 Seconds on the clock and of CPU time, in processes of their own, and which large libraries `--help` imports. The first
 step is the first line of the log of `recipes/agents/calculator.yaml`, which starts from nothing: tokenizer, model,
-data and one step of 8 rows of 512 tokens. A help page is kept in the user's cache: `kept` is what every command but the
-first one after a change takes, `new` is that first one. Targets: under 3 s and under 15 s.
+data and one step of 8 rows of 512 tokens. A help page is kept in the user's cache: `new` is the first
+command after a change, `kept` each later one. Targets: under 3 s and under 15 s.
 """
 
 import argparse
