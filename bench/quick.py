@@ -2,7 +2,7 @@
 Has anything become slower? A few ratios to peers, measured small, against the stored ones.
 
     make bench-quick                      # under 3 minutes; exit code 1 if a ratio fell beyond the noise
-    python bench/quick.py --store         # after a change that is meant: 4 rounds, written to bench/results/quick.json
+    python bench/quick.py --store         # after a change that is meant: 3 rounds, written to bench/results/quick.json
 
 Ratios within one run, of CPU time, carry over between machines far better than seconds; higher is better in all. The
 noise is the spread of the rounds of `--store`: a ratio may fall by 3 standard deviations of a new round around the
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from runs import RESULTS, write_results
 
-ROUNDS = 4
+ROUNDS = 3
 STANDARD_DEVIATIONS = 3
 LEAST_FALL = 0.07  # of which no less is called a regression
 
@@ -46,9 +46,9 @@ def training_step() -> dict[str, float]:
     """A training step against transformers' hybrids; full width against its twin; a narrow step against its FLOPs."""
     from training_step import bench_elastic, bench_peers
 
-    rows = bench_peers(128, 256, "fp32", 5, with_memory=False)
+    rows = bench_peers(128, 256, "fp32", 3, with_memory=False)
     peers = {row["other"]: row for row in rows if row["measure"] == "peers"}
-    twin, narrow = bench_elastic(128, 256, "fp32", 7)
+    twin, narrow = bench_elastic(128, 256, "fp32", 5)
     return {f"step_{other}": row["speedup_cpu_time"] for other, row in peers.items()} | {
         "full_width": 1 / twin["cpu_time_ratio"],
         "narrow_step": 1 / narrow["cpu_time_over_flops"],
@@ -59,7 +59,7 @@ def decoding() -> dict[str, float]:
     """`generate` at 8 rows against transformers' hybrids."""
     from decoding import bench_peers
 
-    rows = [row for row in bench_peers(128, 8, 32, 16, 5) if row["measure"] == "decoding"]
+    rows = [row for row in bench_peers(128, 8, 32, 16, 3) if row["measure"] == "decoding"]
     return {f"decode_{row['side']}_over_{row['other']}".replace(" ", "_"): row["speedup_cpu_time"] for row in rows}
 
 
