@@ -164,12 +164,19 @@ report: $(STAMP)  ## draw reports/<family>/report.html and report.json from all 
 plan: $(STAMP)  ## what RECIPES costs: tokens, FLOPs, hours, dollars, memory (ARGS="--gpu h100 --max-usd 500")
 	$(PY) src/run_plan.py $(RECIPES) $(if $(filter recipes recipes/,$(RECIPES)),--max-usd 1000) $(ARGS)
 
+# What benches share, and the check that has a target of its own.
+BENCH_PARTS := bench/runs.py bench/side_by_side.py bench/peers.py bench/quick.py
+
 .PHONY: bench
 bench: $(STAMP)  ## every measurement of bench/, one after another
 	@status=0; \
-	for bench in $(filter-out bench/runs.py,$(sort $(wildcard bench/*.py))); do \
+	for bench in $(filter-out $(BENCH_PARTS),$(sort $(wildcard bench/*.py))); do \
 	  echo "$(OFFLINE) $(PY) $$bench $(ARGS)"; $(OFFLINE) $(PY) $$bench $(ARGS) || status=$$?; \
 	done; exit $$status
+
+.PHONY: bench-quick
+bench-quick: $(STAMP)  ## are the ratios to peers what they were? Under 3 minutes; fails beyond the noise
+	$(OFFLINE) $(PY) bench/quick.py $(ARGS)
 
 .PHONY: clean
 clean:  ## remove caches, logs and everything of the tiny family (never the other families' checkpoints)

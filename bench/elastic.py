@@ -16,7 +16,6 @@ time stands beside the clock's, which other programs disturb:
 
 import argparse
 import random
-import statistics
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 from runs import write_results
+from side_by_side import against, in_turn
 from transformers.generation.streamers import BaseStreamer
 
 from adamba.flops import forward_flops_per_token
@@ -39,42 +39,6 @@ from adamba.training.play import play
 
 TABLES = ["widths", "slices", "episodes"]
 FIRST_SEED = 2_000_000  # instances that neither evaluation nor calibration plays
-
-
-Spent = tuple[float, float]  # seconds on the clock, and of this process's CPU time
-
-
-def timed(run: Callable[[], object]) -> Spent:
-    started, started_cpu = time.perf_counter(), time.process_time()
-    run()
-    return time.perf_counter() - started, time.process_time() - started_cpu
-
-
-def in_turn(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[Spent]]:
-    """What each took, every repeat running all of them in a new order; one round before counts for nothing."""
-    seconds: dict[str, list[Spent]] = {name: [] for name in runs}
-    order, rng = list(runs), random.Random(0)
-    for repeat in range(repeats + 1):
-        rng.shuffle(order)
-        for name in order:
-            spent = timed(runs[name])
-            if repeat:
-                seconds[name].append(spent)
-    return seconds
-
-
-def against(seconds: dict[str, list[Spent]], name: str, base: str) -> dict[str, float]:
-    """Median and quartiles of the ratio within one repeat, of wall-clock time and of CPU time."""
-    pairs = list(zip(seconds[name], seconds[base], strict=True))
-    wall, cpu = ([own[kind] / other[kind] for own, other in pairs] for kind in (0, 1))
-    low, _, high = statistics.quantiles(wall, n=4) if len(wall) > 1 else (wall[0], wall[0], wall[0])
-    return {
-        "median_seconds": statistics.median(own[0] for own, _ in pairs),
-        "time_ratio": statistics.median(wall),
-        "time_ratio_quartile_1": low,
-        "time_ratio_quartile_3": high,
-        "cpu_time_ratio": statistics.median(cpu),
-    }
 
 
 def wide_model(hidden_size: int) -> AdambaForCausalLM:

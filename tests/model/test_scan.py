@@ -4,10 +4,15 @@ import itertools
 
 import pytest
 import torch
-from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan, mamba2_selective_state_update
+from transformers.models.mamba2.modeling_mamba2 import (
+    MambaRMSNormGated,
+    mamba2_chunk_scan,
+    mamba2_selective_state_update,
+)
 
 from adamba.model import scan_adamba
 from adamba.model.convolution_adamba import causal_conv
+from adamba.model.gated_norm_adamba import GatedRMSNorm
 from adamba.model.recurrence_adamba import scan_step
 from adamba.model.scan_adamba import chunk_scan
 
@@ -109,19 +114,21 @@ def test_no_state_crosses_a_document_border(chunk: int) -> None:
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 3], [0, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2]])
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 2])
+@pytest.mark.parametrize("block_size", [1, 2**18])  # a chunk at a time, and all at once
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
-def test_written_out_gradients_are_those_of_the_function(documents, rows_at_once: int, monkeypatch) -> None:
-    monkeypatch.setattr(
-        scan_adamba, "row_blocks", lambda x, *_: (slice(i, i + rows_at_once) for i in (0, 1)[::rows_at_once])
-    )
+def test_written_out_gradients_are_those_of_the_function(documents, block_size: int, monkeypatch) -> None:
+    monkeypatch.setattr(scan_adamba, "BLOCK_SIZE", block_size)
     given = inputs(7, 11, torch.float64)
     leaves = tuple(given[key].requires_grad_() for key in ("x", "dt", "a", "b", "c", "d", "state"))
     assert torch.autograd.gradcheck(lambda *args: chunk_scan(*args[:6], 4, args[6], documents), leaves)
 
 
+@pytest.mark.parametrize("block_size", [6, 2**18])  # two tokens of three channels at a time, and all at once
 @pytest.mark.parametrize("kernel", [1, 4])
-def test_convolution_stays_in_its_document_and_its_gradient_is_exact(kernel: int) -> None:
+def test_convolution_stays_in_its_document_and_its_gradient_is_exact(
+    kernel: int, block_size: int, monkeypatch
+) -> None:
+    monkeypatch.setattr(scan_adamba, "BLOCK_SIZE", block_size)
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 11, 3), (3, kernel), (3,))
     x, weight, bias = (
@@ -134,6 +141,11 @@ def test_convolution_stays_in_its_document_and_its_gradient_is_exact(kernel: int
             alone = torch.nn.functional.silu(torch.nn.functional.conv1d(padded, weight[:, None], bias, groups=3))
             torch.testing.assert_close(packed[row, start:end], alone.T)
     assert torch.autograd.gradcheck(lambda *args: causal_conv(*args, DOCUMENTS), (x, weight, bias))
+    whole = causal_conv(x, weight, bias)
+    padded = torch.nn.functional.pad(x.mT, (kernel - 1, 0))
+    plain = torch.nn.functional.conv1d(padded, weight[:, None], bias, groups=3)
+    torch.testing.assert_close(whole, torch.nn.functional.silu(plain).mT)
+    assert torch.autograd.gradcheck(causal_conv, (x, weight, bias))
 
 
 def test_a_broken_document_does_not_break_its_neighbour() -> None:
@@ -143,3 +155,18 @@ def test_a_broken_document_does_not_break_its_neighbour() -> None:
         broken[0, :3] = float("nan")
     y = causal_conv(x, torch.randn(3, 4), torch.randn(3), DOCUMENTS)
     assert y[0, 3:].isfinite().all() and y[0, :3].isnan().all()
+
+
+@pytest.mark.parametrize("block_size", [12, 2**18])
+def test_gated_norm_is_transformers_and_its_gradient_is_exact(block_size: int, monkeypatch) -> None:
+    monkeypatch.setattr(scan_adamba, "BLOCK_SIZE", block_size)
+    generator = torch.Generator().manual_seed(0)
+    y, gate = (torch.randn(2, 5, 6, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+    norm = GatedRMSNorm(6, group_size=3, eps=1e-5).double()
+    torch.nn.init.normal_(norm.weight, generator=generator)
+    assert torch.autograd.gradcheck(
+        lambda *args: torch.func.functional_call(norm, {"weight": args[2]}, args[:2]), (y, gate, norm.weight)
+    )
+    single = norm.float()
+    theirs = MambaRMSNormGated.forward(single, y.float(), gate.float())
+    torch.testing.assert_close(single(y.float(), gate.float()), theirs, rtol=1e-6, atol=1e-6)

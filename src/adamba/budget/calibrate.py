@@ -48,7 +48,10 @@ def measure(phases: Sequence[PlannedPhase], name: str) -> tuple[Gpu, dict[str, f
     if on_cpu and largest.num_parameters > WHOLE:
         size = f"{largest.num_parameters / 1e9:.1f} G parameters"
         raise UserError(f"--calibrate: {largest.name} has {size}, too many for a CPU; run it where the plan will run")
-    measured = {phase.name: flops_per_second(phase) / (gpu.tflops * 1e12) for phase in training}
+    measured = {
+        phase.name: flops_per_second(dataclasses.replace(phase, config=shortened(phase))) / (gpu.tflops * 1e12)
+        for phase in training
+    }
     return gpu, measured
 
 
@@ -59,10 +62,9 @@ def matmul_flops_per_second() -> float:
     return 2 * MATMUL_SIZE**3 / seconds
 
 
-def flops_per_second(phase: PlannedPhase) -> float:
+def flops_per_second(phase: PlannedPhase, num_steps: int = NUM_STEPS) -> float:
     """Model FLOPs a second of the phase's micro-batches, with the optimizer step that several of them share."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    phase = dataclasses.replace(phase, config=shortened(phase))
     model = _model(phase.config, phase.values.get("dtype", "float32")).to(device).train()
     freeze_all_but(model, str(phase.values.get("train_only", "all")))
     checkpointing = phase.values.get("activation_checkpointing") or phase.values.get("gradient_checkpointing")
@@ -88,8 +90,8 @@ def flops_per_second(phase: PlannedPhase) -> float:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9)
     micro_batch(0)
     optimizer.step()
-    times = [_seconds(partial(micro_batch, place)) for place in range(1, 1 + NUM_STEPS)]
-    share = median(_seconds(optimizer.step) for _ in range(NUM_STEPS)) / int(
+    times = [_seconds(partial(micro_batch, place)) for place in range(1, 1 + num_steps)]
+    share = median(_seconds(optimizer.step) for _ in range(num_steps)) / int(
         phase.values.get("gradient_accumulation_steps", 1)
     )
     if elastic is None:

@@ -4,71 +4,97 @@ The causal depthwise convolution of Mamba-2, then SiLU, in plain torch.
 Shape legend: B batch, L tokens, X channels, K taps, W places of a window.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .scan_adamba import row_blocks
+from .scan_adamba import blocks
 
 
 def causal_conv(
-    x_BLX: torch.Tensor, weight_XK: torch.Tensor, bias_X: torch.Tensor, document_BL: torch.Tensor
+    x_BLX: torch.Tensor, weight_XK: torch.Tensor, bias_X: torch.Tensor, document_BL: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    (B, L, X): a causal depthwise convolution, then SiLU, that does not reach over document borders.
+    (B, L, X): a causal depthwise convolution, then SiLU, in the input's dtype; computed in fp32 or, for fp64, fp64.
 
     Args:
-        document_BL: a number for each document, changing at its border.
+        document_BL: a number for each document, changing at its border, over which nothing reaches.
     """
     return CausalConv.apply(x_BLX, weight_XK.t().contiguous(), bias_X, document_BL)
 
 
 class CausalConv(torch.autograd.Function):
     """
-    Its own backward, for what autograd would keep and refill: one padded copy of the input a tap. Rows are taken in
-    blocks that stay in a core's cache.
+    Its own backward, for what autograd would keep and refill: one padded copy of the input a tap. Rows and tokens are
+    taken in blocks that stay in a core's cache, and stay channels last, as the layers around have them.
     """
 
     @staticmethod
     def forward(ctx, x_BLX, taps_KX, bias_X, document_BL):
         ctx.save_for_backward(x_BLX, taps_KX, bias_X, document_BL)
+        dtype = torch.promote_types(x_BLX.dtype, torch.float32)
+        taps_KX, bias_X = taps_KX.to(dtype), bias_X.to(dtype)
         y_BLX = torch.empty_like(x_BLX, memory_format=torch.contiguous_format)
-        for rows in row_blocks(x_BLX):
-            torch.ops.aten.silu.out(_taps(x_BLX[rows], taps_KX, bias_X, document_BL[rows]), out=y_BLX[rows])
+        for rows, tokens in blocks(x_BLX, 1, x_BLX.shape[-1]):
+            y_BLX[rows, tokens] = F.silu(_taps(x_BLX[rows], taps_KX, bias_X, _of(document_BL, rows), tokens))
         return y_BLX
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BLX):
         x_BLX, taps_KX, bias_X, document_BL = ctx.saved_tensors
-        grad_x = torch.empty_like(x_BLX, memory_format=torch.contiguous_format)
-        grad_taps = torch.zeros_like(taps_KX)
-        grad_bias = torch.zeros_like(bias_X)
-        for rows in row_blocks(x_BLX):
-            x, document, out = x_BLX[rows], document_BL[rows], grad_x[rows]
-            grad = torch.ops.aten.silu_backward(grad_BLX[rows], _taps(x, taps_KX, bias_X, document))
+        dtype = torch.promote_types(x_BLX.dtype, torch.float32)
+        taps, bias = taps_KX.to(dtype), bias_X.to(dtype)
+        grad_x = torch.empty_like(x_BLX, dtype=dtype, memory_format=torch.contiguous_format)
+        grad_taps, grad_bias = torch.zeros_like(taps), torch.zeros_like(bias)
+        for rows, tokens in blocks(x_BLX, 1, x_BLX.shape[-1]):
+            x, document, out = x_BLX[rows], _of(document_BL, rows), grad_x[rows]
+            before_silu = _taps(x, taps, bias, document, tokens)
+            grad = torch.ops.aten.silu_backward(grad_BLX[rows, tokens].to(dtype), before_silu)
             grad_bias += grad.sum((0, 1))
-            grad_taps[-1] += (grad * x).sum((0, 1))
-            torch.mul(grad, taps_KX[-1], out=out)
-            for back in range(1, min(taps_KX.shape[0], x.shape[1])):
-                reached = grad[:, back:].masked_fill(_crosses(document, back), 0.0)
-                out[:, :-back].addcmul_(reached, taps_KX[-1 - back])
-                grad_taps[-1 - back] += reached.mul_(x[:, :-back]).sum((0, 1))
-        return grad_x, grad_taps, grad_bias, None
+            grad_taps[-1] += (grad * x[:, tokens]).sum((0, 1))
+            torch.mul(grad, taps[-1], out=out[:, tokens])
+            for back, first, source, crosses in _reaches(taps, document, tokens):
+                reached = grad[:, first:] if crosses is None else grad[:, first:].masked_fill(crosses, 0.0)
+                # Tokens of the block before already have what their own block gave them.
+                out[:, source].addcmul_(reached, taps[-1 - back])
+                grad_taps[-1 - back] += (reached * x[:, source]).sum((0, 1))
+        return grad_x.to(x_BLX.dtype), grad_taps.to(taps_KX.dtype), grad_bias.to(bias_X.dtype), None
 
 
-def _taps(x_BLX: torch.Tensor, taps_KX: torch.Tensor, bias_X: torch.Tensor, document_BL: torch.Tensor) -> torch.Tensor:
-    """The convolution itself, before SiLU. What lies in another document is replaced by zero, not multiplied by it."""
-    out = torch.addcmul(bias_X, x_BLX, taps_KX[-1])
-    for back in range(1, min(taps_KX.shape[0], x_BLX.shape[1])):
-        shifted = x_BLX[:, :-back] * taps_KX[-1 - back]
-        out[:, back:] += shifted.masked_fill_(_crosses(document_BL, back), 0.0)
+def _of(document_BL: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    return None if document_BL is None else document_BL[rows]
+
+
+def _taps(x_BLX, taps_KX, bias_X, document_BL: torch.Tensor | None, tokens: slice) -> torch.Tensor:
+    """The convolution of some tokens, before SiLU. What another document has is replaced by zero, not multiplied."""
+    out = torch.addcmul(bias_X, x_BLX[:, tokens].to(taps_KX.dtype), taps_KX[-1])
+    for back, first, source, crosses in _reaches(taps_KX, document_BL, tokens):
+        if crosses is None:
+            out[:, first:].addcmul_(x_BLX[:, source].to(taps_KX.dtype), taps_KX[-1 - back])
+        else:
+            out[:, first:] += (x_BLX[:, source] * taps_KX[-1 - back]).masked_fill_(crosses, 0.0)
     return out
 
 
-def _crosses(document_BL: torch.Tensor, back: int) -> torch.Tensor:
-    """(B, L - back, 1): whether the place `back` tokens earlier belongs to another document."""
-    return (document_BL[:, back:] != document_BL[:, :-back])[..., None]
+def _reaches(
+    taps_KX: torch.Tensor, document_BL: torch.Tensor | None, tokens: slice
+) -> Iterator[tuple[int, int, slice, torch.Tensor | None]]:
+    """
+    For each earlier tap: how far back it lies, the first of `tokens` that has such a predecessor, the predecessors,
+    and (B, tokens, 1) whether they belong to another document.
+    """
+    for back in range(1, min(taps_KX.shape[0], tokens.stop)):
+        first = max(0, back - tokens.start)
+        source = slice(tokens.start + first - back, tokens.stop - back)
+        if source.start >= source.stop:
+            continue
+        crosses = None
+        if document_BL is not None:
+            crosses = (document_BL[:, tokens][:, first:] != document_BL[:, source])[..., None]
+        yield back, first, source, crosses
 
 
 def short_conv(window_BXW: torch.Tensor, weight_XK: torch.Tensor, bias_X: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,9 @@ class ElasticRMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         width = x.shape[-1]
         x_float = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        mean_square = x_float[..., : self.base_width].pow(2).mean(-1, keepdim=True)
+        # A slice that is all would cost a copy in the backward pass.
+        known = x_float if width <= self.base_width else x_float[..., : self.base_width]
+        mean_square = known.pow(2).mean(-1, keepdim=True)
         if width > self.base_width:
             # Apart and in fp64, so that channels that are zero do not even change the rounding: fp32 logits stay
             # the same to the last bit through insertion and expansion (MPS has no fp64).
@@ -41,7 +43,9 @@ class ElasticRMSNorm(nn.Module):
             added = x_float[..., self.base_width :].pow(2).sum(-1, keepdim=True, dtype=dtype)
             mean_square = mean_square + (added / self.base_width).to(x_float.dtype)
         normed = (x_float * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
-        return normed if self.weight is None else self.weight[:width] * normed
+        if self.weight is None:
+            return normed
+        return (self.weight if width == self.weight.shape[0] else self.weight[:width]) * normed
 
     def extra_repr(self) -> str:
         size = None if self.weight is None else self.weight.shape[0]
@@ -57,6 +61,11 @@ class ElasticLinear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         bias = None if self.bias is None else self.bias[:out_features]
         return F.linear(x, self.weight[:out_features, : x.shape[-1]], bias)
+
+
+def first_channels(hidden: torch.Tensor, width: int) -> torch.Tensor:
+    """hidden[..., :width], but at full width the tensor itself: a slice costs a copy in the backward pass."""
+    return hidden if width == hidden.shape[-1] else hidden[..., :width]
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
@@ -214,11 +223,11 @@ class AttentionLayer(GradientCheckpointingLayer):
         hidden (B, L, hidden_size) -> the same shape. `active` (indices of rows) limits who is computed; with
         `num_live` only the last so many tokens are, and returned. The others only fill the cache.
         """
-        x = hidden[..., :width]
+        x = first_channels(hidden, width)
         attended = self.self_attn(self.input_layernorm(x), rope, attention_mask, cache, active, num_live, **kwargs)
         if num_live is not None:
             hidden = hidden[:, -num_live:]
-            x = hidden[..., :width]
+            x = first_channels(hidden, width)
         x = (x if active is None else x[active]) + attended
         x = x + self.mlp(self.post_attention_layernorm(x))
         if active is not None:

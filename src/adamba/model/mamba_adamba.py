@@ -13,7 +13,6 @@ from torch.nn.functional import softplus
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mamba2.modeling_mamba2 import (
-    MambaRMSNormGated,
     causal_conv1d_fn,
     causal_conv1d_update,
     mamba2_chunk_scan,
@@ -23,6 +22,7 @@ from transformers.utils.import_utils import is_mamba_2_ssm_available
 
 from .configuration_adamba import AdambaConfig
 from .convolution_adamba import causal_conv, short_conv
+from .gated_norm_adamba import GatedRMSNorm
 from .layers_adamba import ElasticRMSNorm
 from .recurrence_adamba import scan_states, scan_step
 from .scan_adamba import chunk_scan
@@ -61,7 +61,7 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.D = nn.Parameter(torch.empty(self.num_heads))
-        self.norm = MambaRMSNormGated(
+        self.norm = GatedRMSNorm(
             self.inner_size, group_size=self.inner_size // self.num_groups, eps=config.rms_norm_eps
         )
         self.out_proj = nn.Linear(self.inner_size, config.hidden_size, bias=False)
@@ -122,6 +122,10 @@ class Mamba2Mixer(nn.Module):
             out = short_conv(window[..., -self.conv_kernel :], weight, bias)
         elif conv_state is not None and length == 1:
             out = causal_conv1d_update(channels_first, conv_state, weight, bias, activation="silu")
+        elif conv_state is None and not conv_in.is_cuda:
+            if cache is not None:
+                cache.update_conv_state(channels_first, self.layer_idx, conv_kernel_size=self.conv_kernel)
+            return causal_conv(conv_in, weight, bias)
         else:
             if cache is not None:
                 channels_first = cache.update_conv_state(

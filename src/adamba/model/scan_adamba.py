@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-# Numbers of a row block on a CPU: what fits a core's second-level cache beside its temporaries.
+# Numbers of a block on a CPU: what fits a core's second-level cache beside its temporaries.
 BLOCK_SIZE = 2**18
 
 
@@ -59,22 +59,31 @@ def chunk_scan(
     return y[:, :length] if padding else y, last_state
 
 
-def row_blocks(tensor: torch.Tensor, numbers_per_row: int | None = None) -> Iterator[slice]:
-    """Rows of a batch that are taken together: all on a GPU; on a CPU as many as its cache holds."""
-    rows = tensor.shape[0]
+def blocks(tensor: torch.Tensor, size: int, numbers: int) -> Iterator[tuple[slice, slice]]:
+    """
+    Rows and tokens of a tensor (B, L, ...) that are taken together, in their order: all on a GPU; on a CPU what its
+    cache holds, when `size` tokens, which stay together, make `numbers` numbers.
+    """
+    batch, length = tensor.shape[:2]
+    parts = length // size
+    together = batch * parts
     if tensor.device.type == "cpu":
-        rows = max(1, BLOCK_SIZE // max(1, numbers_per_row or tensor[0].numel()))
-    for start in range(0, tensor.shape[0], rows):
-        yield slice(start, start + rows)
+        together = max(1, BLOCK_SIZE // numbers)
+    num_rows, num_tokens = max(1, together // parts), min(parts, together) * size
+    for row in range(0, batch, num_rows):
+        for start in range(0, length, num_tokens):
+            yield slice(row, row + num_rows), slice(start, min(start + num_tokens, length))
 
 
 class Chunks:
-    """What both passes need of some rows: inputs in chunks (B, C, G, J, Q, ...), decays and scores."""
+    """What both passes need of a block: inputs in chunks (B, C, G, J, Q, ...), decays and scores."""
 
-    def __init__(self, x, dt, a_H, b, c, size: int, document: torch.Tensor | None):
-        rows, length, heads, head_dim = x.shape
+    def __init__(self, x, dt, a_H, b, c, size: int, document: torch.Tensor | None, block: tuple[slice, slice]):
+        rows, tokens = block
+        x, dt, b, c = (tensor[rows, tokens] for tensor in (x, dt, b, c))
+        batch, length, heads, head_dim = x.shape
         groups, states = b.shape[2:]
-        split = (rows, length // size, size, groups)
+        split = (batch, length // size, size, groups)
         per_group = heads // groups
         self.split = (*split, per_group)
         self.dx = (x * dt[..., None]).view(*self.split, head_dim).permute(0, 1, 3, 4, 2, 5).contiguous()
@@ -83,7 +92,8 @@ class Chunks:
         decay = (dt * a_H).view(self.split).permute(0, 1, 3, 4, 2).cumsum(-1)
         hidden = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
         if document is not None:
-            document = document.view(rows, -1, size)
+            came_in = document[rows, max(tokens.start - 1, 0), None]
+            document = document[rows, tokens].reshape(batch, -1, size)
             hidden = (hidden | (document[..., :, None] != document[..., None, :]))[:, :, None, None]
         between = decay[..., :, None] - decay[..., None, :]
         self.weights = between.masked_fill_(hidden, float("-inf")).exp_()
@@ -92,7 +102,7 @@ class Chunks:
         self.from_start = decay.exp_()
         if document is not None:
             last = document[..., -1]
-            before = torch.cat((document[:, :1, 0], last[:, :-1]), dim=1)
+            before = torch.cat((came_in, last[:, :-1]), dim=1)
             self.to_end *= (document == last[..., None])[:, :, None, None]  # reaches the end of the chunk
             self.from_start *= (document == before[..., None])[:, :, None, None]  # still what came in
 
@@ -120,23 +130,25 @@ class ChunkScan(torch.autograd.Function):
         state_shape = (groups, heads // groups, head_dim, states)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         incoming = x.new_empty(batch, length // size, *state_shape)
-        last_state = x.new_empty(batch, *state_shape)
-        for rows in row_blocks(x, length * heads * size):
-            part = Chunks(x[rows], dt[rows], a_H, b[rows], c[rows], size, None if document is None else document[rows])
+        last_state = x.new_zeros(batch, *state_shape)
+        if initial_state is not None:
+            last_state.copy_(initial_state.view(last_state.shape))
+        for block in blocks(x, size, heads * size**2):
+            rows, tokens = block
+            chunks = slice(tokens.start // size, tokens.stop // size)
+            part = Chunks(x, dt, a_H, b, c, size, document, block)
             out = part.scores @ part.dx
             # Between chunks: what each chunk adds to the state, and how much of the incoming state it leaves.
             added = (part.dx * part.to_end[..., None]).transpose(-1, -2) @ part.b[:, :, :, None]
             kept = part.from_start[..., -1, None, None]
-            state = torch.zeros_like(added[:, 0])
-            if initial_state is not None:
-                state = initial_state[rows].view(state.shape)
+            state = last_state[rows]
             for chunk in range(added.shape[1]):
-                incoming[rows, chunk] = state
+                incoming[rows, chunks.start + chunk] = state
                 state = torch.addcmul(added[:, chunk], state, kept[:, chunk])
             last_state[rows] = state
-            carried = part.c[:, :, :, None] @ incoming[rows].transpose(-1, -2)
+            carried = part.c[:, :, :, None] @ incoming[rows, chunks].transpose(-1, -2)
             out.addcmul_(carried, part.from_start[..., None])
-            torch.addcmul(part.tokens(out), x[rows], d_H[:, None], out=y[rows])
+            torch.addcmul(part.tokens(out), x[rows, tokens], d_H[:, None], out=y[rows, tokens])
         ctx.save_for_backward(x, dt, a_H, b, c, d_H, incoming, document)
         ctx.size, ctx.has_state = size, initial_state is not None
         return y, last_state.view(batch, heads, head_dim, states)
@@ -148,20 +160,21 @@ class ChunkScan(torch.autograd.Function):
         grad_x, grad_dt, grad_b, grad_c = (
             torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, b, c)
         )
-        grad_a, grad_d, grad_state = torch.zeros_like(a_H), torch.zeros_like(d_H), torch.empty_like(incoming[:, 0])
-        for rows in row_blocks(x, x.shape[1] * x.shape[2] * ctx.size):
-            part = Chunks(
-                x[rows], dt[rows], a_H, b[rows], c[rows], ctx.size, None if document is None else document[rows]
-            )
-            before, out = incoming[rows], part.heads(grad_y[rows])
-            grad_d += (grad_y[rows] * x[rows]).sum((0, 1, 3))
+        grad_a, grad_d = torch.zeros_like(a_H), torch.zeros_like(d_H)
+        grad_state = grad_last.reshape(incoming[:, 0].shape).clone()
+        for block in reversed([*blocks(x, ctx.size, x.shape[2] * ctx.size**2)]):
+            rows, tokens = block
+            part = Chunks(x, dt, a_H, b, c, ctx.size, document, block)
+            before = incoming[rows, tokens.start // ctx.size : tokens.stop // ctx.size]
+            out = part.heads(grad_y[block])
+            grad_d += (grad_y[block] * x[block]).sum((0, 1, 3))
 
             # Between chunks, backwards: what reached y from the incoming states, then the states' recurrence.
             from_start = (out * (part.c[:, :, :, None] @ before.transpose(-1, -2))).sum(-1)
             carried = out * part.from_start[..., None]
             to_c = (carried @ before).sum(3)
             to_incoming = carried.transpose(-1, -2) @ part.c[:, :, :, None]
-            state = grad_last[rows].reshape(before[:, 0].shape)
+            state = grad_state[rows]
             added = torch.empty_like(before)
             for chunk in reversed(range(added.shape[1])):
                 added[:, chunk] = state
@@ -185,9 +198,9 @@ class ChunkScan(torch.autograd.Function):
 
             step = part.tokens(decay.flip(-1).cumsum(-1).flip(-1))
             to_dx = part.tokens(to_dx)
-            grad_x[rows] = (grad_y[rows] * d_H[:, None]).addcmul_(to_dx, dt[rows, ..., None])
-            grad_dt[rows] = (to_dx * x[rows]).sum(-1).addcmul_(step, a_H)
-            grad_a += (step * dt[rows]).sum((0, 1))
-            grad_b[rows], grad_c[rows] = part.group_tokens(to_b), part.group_tokens(to_c)
+            grad_x[block] = (grad_y[block] * d_H[:, None]).addcmul_(to_dx, dt[block][..., None])
+            grad_dt[block] = (to_dx * x[block]).sum(-1).addcmul_(step, a_H)
+            grad_a += (step * dt[block]).sum((0, 1))
+            grad_b[block], grad_c[block] = part.group_tokens(to_b), part.group_tokens(to_c)
         grad_initial = grad_state.flatten(1, 2) if ctx.has_state else None
         return grad_x, grad_dt, grad_a, grad_b, grad_c, grad_d, None, grad_initial, None

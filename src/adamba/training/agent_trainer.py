@@ -8,13 +8,19 @@ from types import MethodType
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
 
+from adamba.model import AdambaForCausalLM
+from adamba.model.decoding_adamba import OPTIONS
 from adamba.tools.calls import OPEN, parse_tool_calls
+from adamba.training.conversations import Conversations, fits
 
 UNREADABLE = "unreadable_call"
 TOKENS = "num_generated_tokens"
+PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # each rank has the whole model
 
 
 class AgentGRPOTrainer(GRPOTrainer):
@@ -23,16 +29,48 @@ class AgentGRPOTrainer(GRPOTrainer):
     - logs `num_generated_tokens`, all that the model wrote so far, and stops after `max_generated_tokens` of them;
     - logs `tools/<name>/call_frequency` (calls an episode) and `tools/<name>/failure_frequency` (share of calls that
       could not be read, do not fit the tool, or that the environment refused);
-    - answers a call that cannot be read with what is wrong with it; TRL would take it for a final text.
+    - answers a call that cannot be read with what is wrong with it; TRL would take it for a final text;
+    - keeps the caches of episodes between their turns where it can (`adamba.training.conversations`).
     """
 
     def __init__(self, *args: Any, max_generated_tokens: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._conversations: Conversations | None = None
         self.num_generated_tokens = 0
         self.max_generated_tokens = max_generated_tokens
         self.add_callback(_TokenBudget(self))
         if self.tools:
             answer_unreadable_calls(self._tokenizer)
+
+    def _generate(self, prompts: list) -> Any:
+        """Caches live as long as the episodes of one batch: the next one has other weights."""
+        if self._can_keep_caches():
+            self._conversations = Conversations(
+                self.generation_config, self.eos_token_ids, self._tokenizer.pad_token_id
+            )
+        try:
+            return super()._generate(prompts)
+        finally:
+            self._conversations = None
+
+    def _can_keep_caches(self) -> bool:
+        """Whether `Conversations` decodes as `generate` would: our model whole on each rank, plain sampling."""
+        if self.use_vllm or self.use_transformers_continuous_batching or self.args.generation_kwargs:
+            return False
+        model = self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if not isinstance(model, AdambaForCausalLM) or not fits(model.config):
+            return False
+        if any(getattr(model.generation_config, key, None) is not None for key in OPTIONS):
+            return False
+        return self.repetition_penalty == 1.0 and self.accelerator.distributed_type in PLAIN
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        if self._conversations is None:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        options = {"gradient_checkpointing_kwargs": self.args.gradient_checkpointing_kwargs}
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator, **options) as model:
+            return self._conversations.turn(model, prompt_ids), None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)

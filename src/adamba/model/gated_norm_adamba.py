@@ -1,0 +1,64 @@
+"""
+Mamba-2's gated group norm, `norm(y · silu(gate)) · weight` with one statistic a group, with its own backward pass: it
+keeps its two inputs and nothing else, where autograd keeps five tensors of their size.
+
+Shape legend: T tokens, G groups, C channels of a group.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+
+from .scan_adamba import blocks
+
+
+class GatedRMSNorm(MambaRMSNormGated):
+    """transformers' norm: its weight and, on a GPU, its forward."""
+
+    def forward(self, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """(..., channels) twice -> the same shape in `y`'s dtype; computed in fp32 or, for fp64, fp64."""
+        if y.is_cuda:
+            return super().forward(y, gate)
+        flat = (part.reshape(1, -1, part.shape[-1]) for part in (y, gate))
+        return GatedNorm.apply(*flat, self.weight, self.group_size, self.variance_epsilon).view(y.shape)
+
+
+class GatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, gate, weight, group_size, eps):
+        ctx.save_for_backward(y, gate, weight)
+        ctx.group_size, ctx.eps = group_size, eps
+        out = torch.empty_like(y, memory_format=torch.contiguous_format)
+        for _, tokens in blocks(y, 1, y.shape[-1]):
+            normed, _, _ = _normed(y[0, tokens], gate[0, tokens], group_size, eps)
+            out[0, tokens] = normed.flatten(1).to(y.dtype) * weight
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        y, gate, weight = ctx.saved_tensors
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        grad_y, grad_gate = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (y, gate))
+        grad_weight = torch.zeros_like(weight, dtype=dtype)
+        for _, tokens in blocks(y, 1, y.shape[-1]):
+            own_y, own_gate = y[0, tokens].to(dtype), gate[0, tokens].to(dtype)
+            normed_TGC, scale_TG1, silu = _normed(own_y, own_gate, ctx.group_size, ctx.eps)
+            to_out = grad[0, tokens].to(dtype)
+            grad_weight += (to_out * normed_TGC.flatten(1)).sum(0)
+            to_normed = (to_out * weight).view(normed_TGC.shape)
+            shared = (to_normed * normed_TGC).mean(-1, keepdim=True)
+            to_product = to_normed.addcmul_(normed_TGC, shared, value=-1).mul_(scale_TG1).flatten(1)
+            grad_y[0, tokens] = to_product * silu
+            grad_gate[0, tokens] = torch.ops.aten.silu_backward(to_product * own_y, own_gate)
+        return grad_y, grad_gate, grad_weight.to(weight.dtype), None, None
+
+
+def _normed(y: torch.Tensor, gate: torch.Tensor, group_size: int, eps: float):
+    """The normed product (T, G, C), what it was scaled by (T, G, 1), and silu(gate) (T, channels)."""
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    silu = F.silu(gate.to(dtype))
+    product = (y.to(dtype) * silu).unflatten(-1, (-1, group_size))
+    scale = torch.rsqrt(product.pow(2).mean(-1, keepdim=True) + eps)
+    return product * scale, scale, silu
