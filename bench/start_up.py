@@ -1,13 +1,12 @@
 """
 What a command costs before it works: `run_sft.py --help`, and the first optimizer step of a tiny recipe.
 
-    python bench/start_up.py            # 3 times each
+    python bench/start_up.py            # 5 times each
     python bench/start_up.py --quick    # once
 
 Seconds on the clock and of CPU time, in processes of their own, and which large libraries `--help` imports. The first
 step is the first line of the log of `recipes/agents/calculator.yaml`, which starts from nothing: tokenizer, model,
-data and one step of 8 rows of 512 tokens. A help page is kept in the user's cache: `new` is the first
-command after a change, `kept` each later one. Targets: under 3 s and under 15 s.
+data and one step of 8 rows of 512 tokens. Targets: under 3 s and under 15 s.
 """
 
 import argparse
@@ -29,7 +28,6 @@ LARGE = ("torch", "transformers", "trl", "datasets", "peft", "accelerate", "pand
 IMPORTED = """
 import runpy, sys
 sys.argv = ["src/run_sft.py", "--help"]
-sys.stdout.reconfigure(line_buffering=True)
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit:
@@ -38,18 +36,16 @@ print("IMPORTED", len(sys.modules), *sys.modules)
 """
 
 
-def environment(cache: str | None = None) -> dict[str, str]:
-    """For a command that finds nothing in its cache, give the folder of another one."""
+def environment() -> dict[str, str]:
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
-    other = {} if cache is None else {"XDG_CACHE_HOME": cache}
-    return os.environ | offline | other | {"PYTHONUNBUFFERED": "1"}
+    return os.environ | offline | {"PYTHONUNBUFFERED": "1"}
 
 
-def spent(words: list[str], until: str | None = None, cache: str | None = None) -> tuple[float, float]:
+def spent(words: list[str], until: str | None = None) -> tuple[float, float]:
     """Seconds and CPU seconds of a command, or seconds up to its first line that contains `until`."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     process = subprocess.Popen(
-        words, cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     seen, lines = None, []
     assert process.stdout is not None
@@ -81,38 +77,36 @@ def first_step(folder: str) -> tuple[float, float]:
     return spent([*words, *small], until="'loss'")
 
 
-def imported_by_help(what: str, cache: str | None = None) -> dict:
-    words = [sys.executable, "-c", IMPORTED]
-    done = subprocess.run(words, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
+def imported_by_help() -> dict:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+    )
     _, count, *names = done.stdout.splitlines()[-1].split()
     large = {name: sum(module.partition(".")[0] == name for module in names) for name in LARGE}
-    return {"measure": f"modules imported by --help, {what}", "modules": int(count)} | large
+    return {"measure": "modules imported by --help", "modules": int(count)} | large
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="once each")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     started = time.monotonic()
     repeats = range(1 if options.quick else options.repeats)
-    spent(help_command())  # the disk's cache, and the page
-    kept, new, imports, steps = [], [], [], []
+    spent(help_command())  # the disk's cache
+    helps, imports, steps = [], [], []
     for _ in repeats:  # in turn
-        kept.append(spent(help_command()))
+        helps.append(spent(help_command()))
         imports.append(spent([sys.executable, "-c", "import torch"]))
         with tempfile.TemporaryDirectory() as folder:
-            new.append(spent(help_command(), cache=folder))
             steps.append(first_step(folder))
-    with tempfile.TemporaryDirectory() as folder:
-        imported = [imported_by_help("kept"), imported_by_help("new", folder)]
     rows = [
-        summary("run_sft.py --help, kept", kept, HELP_SECONDS),
-        summary("run_sft.py --help, new", new, HELP_SECONDS),
+        summary("run_sft.py --help", helps, HELP_SECONDS),
         summary("first optimizer step", steps, FIRST_STEP_SECONDS),
         summary("import torch, for comparison", imports),
+        imported_by_help(),
     ]
-    write_results("start_up", rows + imported, started)
+    write_results("start_up", rows, started)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,6 @@ Talk to a checkpoint in the terminal: it streams, shows its tool calls, and says
 /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.
 """
 
-from adamba.help_page import show_kept_page
-
-show_kept_page(__file__)  # before the imports below, which take seconds
-
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -5,10 +5,6 @@ Phase 6, offline: DPO on pairs of turns, the solver's against a wrong one, or on
     accelerate launch src/run_dpo.py recipes/tiny/phase6_dpo.yaml --mix pairs=1.0 --data_files pairs=pairs.jsonl
 """
 
-from adamba.help_page import show_kept_page
-
-show_kept_page(__file__)  # before the imports below, which take seconds
-
 from dataclasses import dataclass, field
 from pathlib import Path
 

@@ -7,10 +7,6 @@ into its metrics.json.
         --calibrate risk=0.01,confidence=0.95
 """
 
-from adamba.help_page import show_kept_page
-
-show_kept_page(__file__)  # before the imports below, which take seconds
-
 import itertools
 import time
 from dataclasses import dataclass, field

@@ -5,10 +5,6 @@ swapped. The figures go into its metrics.json, transcripts into its games.json; 
     python src/run_games.py recipes/games/eval.yaml --model_name_or_path checkpoints/games/plan_path_1_sft
 """
 
-from adamba.help_page import show_kept_page
-
-show_kept_page(__file__)  # before the imports below, which take seconds
-
 import json
 import time
 from dataclasses import dataclass, field

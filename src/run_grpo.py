@@ -7,10 +7,6 @@ recipe, AT-GRPO: a team plays, and candidates are compared inside their (instanc
     accelerate launch src/run_grpo.py recipes/games/plan_path_3_shared.yaml
 """
 
-from adamba.help_page import show_kept_page
-
-show_kept_page(__file__)  # before the imports below, which take seconds
-
 import os
 from pathlib import Path
 

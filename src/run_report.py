@@ -8,10 +8,6 @@ Put every phase's metrics in one place and draw them: reports/<family>/report.ht
 Nothing is trained or measured here: what a phase has not measured is shown as missing.
 """
 
-from adamba.help_page import show_kept_page
-
-show_kept_page(__file__)  # before the imports below, which take seconds
-
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path

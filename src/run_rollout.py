@@ -5,10 +5,6 @@ Play a checkpoint on tasks and write what happened: trajectories with success la
     python src/run_dpo.py recipes/tiny/phase6_dpo.yaml --mix pairs=1.0 --data_files pairs=rollouts/pairs.jsonl
 """
 
-from adamba.help_page import show_kept_page
-
-show_kept_page(__file__)  # before the imports below, which take seconds
-
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -7,10 +7,6 @@ learns by itself, from the same conversations, which widths they need.
     accelerate launch src/run_sft.py recipes/router/router.yaml --router_budget 0.5
 """
 
-from adamba.help_page import show_kept_page
-
-show_kept_page(__file__)  # before the imports below, which take seconds
-
 from adamba.data import log_mix
 from adamba.data.arguments import DataArguments
 from adamba.errors import UserError, user_errors

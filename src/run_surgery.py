@@ -9,10 +9,6 @@ States after every layer and logits are compared on real tokens, at every width;
 checkpoint goes from disk to disk, tensor by tensor (key `streaming`).
 """
 
-from adamba.help_page import show_kept_page
-
-show_kept_page(__file__)  # before the imports below, which take seconds
-
 import shutil
 import time
 from pathlib import Path

@@ -21,7 +21,6 @@ from trl import TrlParser
 
 from adamba.errors import UserError, one_line
 from adamba.fingerprint import fingerprint_code
-from adamba.help_page import keep_page
 from adamba.launch import check_launch
 from adamba.recipe_file import Recipe, read_recipe
 from adamba.recipe_values import contains, describe, fit, fit_text
@@ -100,10 +99,6 @@ class AdambaParser(TrlParser):
             help=field.metadata.get("help"),
         )
         return None
-
-    def print_help(self, file: Any = None) -> None:
-        super().print_help(file)
-        keep_page(sys.argv[0], self.format_help())
 
     def error(self, message: str) -> Any:
         raise UserError(f"command line: {message}")
