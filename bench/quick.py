@@ -121,6 +121,10 @@ def store(groups: list[str]) -> None:
 def check(groups: list[str]) -> int:
     """Measure, print a table, and say what is slower. Returns the exit code."""
     path, started = RESULTS / "quick.json", time.monotonic()
+    if not path.is_file():
+        sys.exit(
+            "bench/results/quick.json: nothing is stored yet; run `python bench/quick.py --store` on a quiet machine"
+        )
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     stored = {row["case"]: row for row in rows if row["group"] in groups}
     group_of = {row["case"]: row["group"] for row in rows}
