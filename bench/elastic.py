@@ -267,7 +267,6 @@ def main() -> None:
         name,
         rows,
         started,
-        command=" ".join(["python bench/elastic.py", *sys.argv[1:]]),
         repeats=repeats,
         quick=options.quick,
         checkpoint=options.checkpoint,

@@ -1,5 +1,6 @@
 """
-Where the time of a GRPO step goes: generation, environments, rewards, loss and optimizer, on the tool tasks.
+Where the time of a GRPO step goes: generation, environments, rewards, loss and optimizer, on the tool tasks; and how
+many episodes a second are played with caches kept between turns, against TRL's stock loop (target: 1.5 x).
 
     python bench/rollouts.py --checkpoint checkpoints/tiny/phase5            # 64 episodes a step
     python bench/rollouts.py --checkpoint checkpoints/tiny/phase5 --quick    # 16
@@ -45,6 +46,9 @@ PARTS = {
     "preparing": "_prepare_inputs",
     "step": "training_step",
 }
+
+
+LOOPS = ("caches kept", "stock")
 
 
 class Parts(TrainerCallback):
@@ -136,14 +140,26 @@ def main() -> None:
         options.episodes, options.steps = 16, 2
     started = time.monotonic()
     setup_logging()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(options.checkpoint, options.episodes, options.steps + 1, folder)
-        parts = Parts(trainer)
-        trainer.train()
-    steps = parts.steps[1:]
-    row = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
-    rate = {"episodes": options.episodes, "episodes_per_second": options.episodes / row["step_seconds"]}
-    write_results("rollouts", [rate | row], started, steps=options.steps, quick=options.quick)
+    rows = []
+    for loop in LOOPS:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = make_trainer(options.checkpoint, options.episodes, options.steps + 1, folder)
+            if loop == "stock":
+                trainer._can_keep_caches = lambda: False  # type: ignore[method-assign]
+            parts = Parts(trainer)
+            trainer.train()
+        steps = parts.steps[1:]
+        row = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
+        rollout = row["generation"] + row["environments"]
+        rates = {
+            "episodes_per_second": options.episodes / rollout,
+            "outside_generation": row["environments"] / rollout,
+        }
+        rows.append({"loop": loop, "episodes": options.episodes} | rates | row)
+    kept, stock = (row["episodes_per_second"] for row in rows)
+    write_results(
+        "rollouts", rows, started, steps=options.steps, quick=options.quick, speedup=kept / stock, target=1.5
+    )
 
 
 if __name__ == "__main__":

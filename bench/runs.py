@@ -48,7 +48,7 @@ def write_results(name: str, rows: list[dict[str, Any]], started: float, **facts
         "hardware": f"{describe_hardware()}, {torch.get_num_threads()} threads, {platform.system()}",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "seconds": round(time.monotonic() - started, 1),
-        "command": f"python bench/{name}.py",
+        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         **facts,
         "rows": rows,
     }

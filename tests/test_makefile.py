@@ -66,8 +66,10 @@ def test_launcher_that_is_given_replaces_the_recipes_accelerate_config(project):
 def test_eval_takes_a_checkpoint_and_measures_the_tiny_family_by_default():
     done = make("--dry-run", "eval", "CHECKPOINT=checkpoints/tiny/phase2", RECIPES="")
     assert "run_eval.py recipes/tiny/eval.yaml --model_name_or_path checkpoints/tiny/phase2" in done.stdout
-    done = make("--dry-run", "eval", "CHECKPOINT=checkpoints/tiny/phase5", RECIPES="")
-    assert "run_eval.py recipes/tiny/eval_agents.yaml --model_name_or_path checkpoints/tiny/phase5" in done.stdout
+    for name, recipe in (("phase5", "phase5_eval"), ("phase6_dpo", "eval_agents")):
+        done = make("--dry-run", "eval", f"CHECKPOINT=checkpoints/tiny/{name}", RECIPES="")
+        expected = f"run_eval.py recipes/tiny/{recipe}.yaml --model_name_or_path checkpoints/tiny/{name}"
+        assert expected in done.stdout
     assert "run_eval.py recipes/smollm2/eval.yaml" in make("--dry-run", "eval", "RECIPES=recipes/smollm2").stdout
 
 
