@@ -26,13 +26,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
+from peers import adamba_config
 from runs import write_results
 from side_by_side import against, in_turn
 from transformers.generation.streamers import BaseStreamer
 
 from adamba.flops import forward_flops_per_token
 from adamba.loading import ModelArguments, load_model_and_tokenizer
-from adamba.model import AdambaConfig, AdambaForCausalLM
+from adamba.model import AdambaForCausalLM
 from adamba.surgery import slice_width
 from adamba.training.evaluation import GameSettings, task_rows
 from adamba.training.play import play
@@ -42,21 +43,8 @@ FIRST_SEED = 2_000_000  # instances that neither evaluation nor calibration play
 
 
 def wide_model(hidden_size: int) -> AdambaForCausalLM:
-    heads = hidden_size // 64
-    config = AdambaConfig(
-        vocab_size=1024,
-        hidden_size=hidden_size,
-        intermediate_size=4 * hidden_size,
-        num_hidden_layers=4,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=64,
-        max_position_embeddings=4096,
-        pad_token_id=0,
-        width_levels={str(hidden_size * part // 4): hidden_size * part // 4 for part in (1, 2, 3, 4)},
-    )
     torch.manual_seed(0)
-    return AdambaForCausalLM(config).eval()
+    return AdambaForCausalLM(adamba_config(hidden_size, num_layers=4)).eval()
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ def main() -> None:
     for width, checkpoint in (("full", options.checkpoint), (options.width, sliced)):
         rows.append({"task": "adamba_choice", "width": width, "acc": harness(checkpoint, "adamba_choice")["acc,none"]})
     facts = {"lm_eval": importlib.metadata.version("lm_eval"), "questions": options.rows}
-    write_results("harness", rows, started, command=" ".join(["python bench/harness.py", *sys.argv[1:]]), **facts)
+    write_results("harness", rows, started, **facts)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,11 @@ def prompt_rows(
     return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
 
 
+def own_columns(row: Row) -> Row:
+    """A row of `prompt_rows` without the columns that its task lacks."""
+    return {column: value for column, value in row.items() if value is not None}
+
+
 def preference_rows(
     mix: Mapping[str, float],
     num_rows: int,

@@ -15,6 +15,7 @@ import torch
 
 from adamba.errors import UserError
 from adamba.tasks.roles import Role
+from adamba.training.agent_rows import own_columns
 from adamba.training.agent_trainer import AgentGRPOTrainer
 from adamba.training.games import Group, play_games
 from adamba.training.role_adapters import activate, save_roles, train_all_roles
@@ -129,7 +130,7 @@ class AtGrpoTrainer(AgentGRPOTrainer):
             return replies
 
         started = time.perf_counter()
-        plain = ({key: value for key, value in row.items() if value is not None} for row in self._rows[::size])
+        plain = map(own_columns, self._rows[::size])
         self._groups, games = play_games(
             plain,
             settings.roles,

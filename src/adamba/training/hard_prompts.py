@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adamba.errors import UserError
+from adamba.training.agent_rows import own_columns
 from adamba.training.play import play
 from adamba.training.session import logger
 
@@ -24,7 +25,7 @@ def unsolved_first(
         UserError: the model solves everything.
     """
     state = PartialState()
-    plain = [{key: value for key, value in row.items() if value is not None} for row in rows]
+    plain = [own_columns(row) for row in rows]
     own = range(state.process_index, len(plain), state.num_processes)
     episodes = play(model, tokenizer, [plain[index] for index in own], max_new_tokens=max_new_tokens)
     played = zip(own, (episode.outcome["score"] for episode in episodes), strict=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from adamba.errors import UserError
 from adamba.tasks import ENVIRONMENTS, TASKS, Split, tool_schemas
-from adamba.training.agent_rows import prompt_rows
+from adamba.training.agent_rows import own_columns, prompt_rows
 from adamba.training.play import Episode
 
 Row = dict[str, Any]
@@ -29,7 +29,7 @@ def rollout_rows(
         if name not in TASKS:
             raise UserError(f"mix: {name!r} is no task, only tasks are played; use {', '.join(TASKS)}")
     prompts = prompt_rows(mix, num_prompts, split=split, seed=seed, settings=settings)
-    plain = [{key: value for key, value in row.items() if value is not None} for row in prompts]
+    plain = [own_columns(row) for row in prompts]
     return [row for row in plain for _ in range(num_samples)]
 
 
