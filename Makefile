@@ -24,6 +24,9 @@ PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export PYTHONUNBUFFERED := 1
+# Packages are installed without byte code, and compiled where they are first imported. A machine that forbids to keep
+# that (containers do) would compile torch and transformers anew in every process: ten seconds each.
+export PYTHONDONTWRITEBYTECODE :=
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 # A recipe's first line is the command that launches it; $(1) is the recipe's path.
