@@ -7,7 +7,7 @@ import torch
 
 from adamba.errors import UserError
 from adamba.surgery import expand_width
-from adamba.training.optimizers import MuonWithAdamW, old_block, slow_old_weights
+from adamba.training.optimizers import Muon, MuonWithAdamW, old_block, slow_old_weights
 from adamba.training.pretraining import PretrainConfig
 from models import hybrid, tokens
 
@@ -172,3 +172,25 @@ def test_the_trainer_slows_old_weights(use_muon: bool, make_trainer) -> None:
 def test_an_impossible_scale_is_refused(scale: float, tmp_path) -> None:
     with pytest.raises(UserError, match=f"old_weight_lr_scale: {scale} must be from 0 to 1"):
         PretrainConfig(output_dir=str(tmp_path), max_steps=1, old_weight_lr_scale=scale, use_cpu=True, bf16=False)
+
+
+def test_muon_on_a_cpu_is_torchs_without_its_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randn(shape, generator=generator) for shape in ((24, 64), (64, 24))]
+    gradients = [[torch.randn(start.shape, generator=generator) for start in starts] for _ in range(3)]
+
+    def trained(optimizer_class, **options) -> list[torch.Tensor]:
+        weights = [torch.nn.Parameter(start.clone()) for start in starts]
+        optimizer = optimizer_class(weights, lr=0.1, weight_decay=0.1, **options)
+        for step in gradients:
+            for weight, gradient in zip(weights, step, strict=True):
+                weight.grad = gradient.clone()
+            optimizer.step()
+        return [weight.detach() for weight in weights]
+
+    ours = trained(Muon)
+    for mine, theirs in zip(ours, trained(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=5e-3)  # steps are about 0.02 an entry; bf16 has 3 digits
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # torch's own function, in fp32
+    for mine, theirs in zip(ours, trained(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)

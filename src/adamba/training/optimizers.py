@@ -14,9 +14,50 @@ from adamba.surgery.expand import config_before_expansion
 NOT_MUON = ("embed_tokens", "lm_head", "conv1d", "exit_gates", "router")
 
 
+def orthogonalise(matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float):
+    """
+    The nearest semi-orthogonal matrix, roughly: Newton-Schulz iteration (Jordan et al., 2024) in the matrix's own
+    precision, with the rounding of `torch.optim.Muon` as the only difference.
+    """
+    a, b, c = coefficients
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+class Muon(torch.optim.Muon):
+    """
+    `torch.optim.Muon` with its learning rate scaled to the size of AdamW's updates. torch orthogonalises in bf16, which
+    a CPU without bf16 instructions emulates, at the price of the whole rest of a small model's step; so a CPU keeps fp32.
+    """
+
+    def __init__(self, parameters, **options):
+        super().__init__(parameters, adjust_lr_fn="match_rms_adamw", **options)
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        if self.param_groups[0]["params"][0].device.type != "cpu":
+            return super().step(closure)
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            parameters, gradients, momenta = [], [], []
+            self._init_group(group, parameters, gradients, momenta)
+            rate, momentum = group["lr"], group["momentum"]
+            for parameter, gradient, buffer in zip(parameters, gradients, momenta, strict=True):
+                buffer.lerp_(gradient, 1 - momentum)
+                update = gradient.lerp(buffer, momentum) if group["nesterov"] else buffer
+                update = orthogonalise(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                parameter.mul_(1 - rate * group["weight_decay"])
+                parameter.add_(update, alpha=-rate * 0.2 * max(parameter.shape) ** 0.5)  # AdamW's root mean square
+        return loss
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """
-    One optimizer over two: `torch.optim.Muon` for hidden matrices, AdamW for embeddings, head, norms, biases and the
+    One optimizer over two: `Muon` for hidden matrices, AdamW for embeddings, head, norms, biases and the
     small parameters of Mamba. Both take the same learning rate (Muon's update is scaled to AdamW's size).
     """
 
@@ -30,9 +71,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         groups = [group for group in groups if group["params"]]
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
-            self.parts.append(
-                torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            )
+            self.parts.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
         if groups:
             self.parts.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps))
         super().__init__([parameter for _, parameter in named], {"lr": lr})
