@@ -30,8 +30,8 @@ def orthogonalise(matrix: torch.Tensor, coefficients: tuple[float, float, float]
 
 class Muon(torch.optim.Muon):
     """
-    `torch.optim.Muon` with its learning rate scaled to the size of AdamW's updates. torch orthogonalises in bf16, which
-    a CPU without bf16 instructions emulates, at the price of the whole rest of a small model's step; so a CPU keeps fp32.
+    `torch.optim.Muon` with its learning rate scaled to the size of AdamW's updates. torch orthogonalises in bf16; on a
+    CPU without bf16 instructions that takes as long as the rest of a small model's step, so a CPU does it in fp32.
     """
 
     def __init__(self, parameters, **options):
