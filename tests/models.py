@@ -123,3 +123,12 @@ def smallest_config(vocab_size: int, **overrides) -> AdambaConfig:
         "width_levels": {"ghost": 16, "think": 32},
     }
     return AdambaConfig(vocab_size=vocab_size, **{**settings, **overrides})
+
+
+def labelled(seed: int, batch: int = 3, prompt: int = 4) -> dict[str, torch.Tensor]:
+    """Rows whose first `prompt` tokens carry no label, and the second row's last three neither."""
+    ids = tokens(seed, batch=batch)
+    labels = ids.clone()
+    labels[:, :prompt] = -100
+    labels[1, -3:] = -100
+    return {"input_ids": ids, "labels": labels}

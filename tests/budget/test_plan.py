@@ -178,3 +178,10 @@ def test_family_elsewhere_needs_no_checkpoints(tmp_path, plan) -> None:
         shutil.copy(path, tmp_path)
     code, shown = plan(str(tmp_path), "--gpu", "l40s", "--gpus", "1", "--max-usd", "5")
     assert code == 0, shown
+
+
+def test_memory_counts_the_chunks_of_logits_that_training_makes() -> None:
+    from adamba.budget import memory
+    from adamba.training import head_losses
+
+    assert memory.LOGITS_AT_ONCE == head_losses.LOGITS_AT_ONCE

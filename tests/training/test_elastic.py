@@ -10,18 +10,9 @@ import torch.nn.functional as F
 from adamba.errors import UserError
 from adamba.model import AdambaForCausalLM
 from adamba.training import elastic
-from adamba.training.elastic import (
-    Draw,
-    ElasticArguments,
-    Tally,
-    draw,
-    elastic_loss,
-    exit_loss,
-    kl_to,
-    router_loss,
-    token_losses,
-)
-from models import hybrid, random_config, tokens
+from adamba.training.elastic import Draw, ElasticArguments, Tally, draw, elastic_loss, exit_loss, router_loss
+from adamba.training.head_losses import run_to_head, token_losses
+from models import hybrid, labelled, random_config, tokens
 
 LAYERS = ["full_attention", "linear_attention"] * 3
 CONFIG = random_config(1, num_hidden_layers=6, layer_types=LAYERS)
@@ -30,15 +21,6 @@ ARGS = ElasticArguments(elastic=True)
 
 def draws(args: ElasticArguments, number: int = 3000) -> list[Draw]:
     return [draw(CONFIG, args, seed=7, step=step, micro_step=0) for step in range(number)]
-
-
-def labelled(seed: int, batch: int = 3, prompt: int = 4) -> dict[str, torch.Tensor]:
-    """Rows whose first `prompt` tokens carry no label, and the second row's last three neither."""
-    ids = tokens(seed, batch=batch)
-    labels = ids.clone()
-    labels[:, :prompt] = -100
-    labels[1, -3:] = -100
-    return {"input_ids": ids, "labels": labels}
 
 
 def test_a_draw_depends_on_seed_step_and_micro_step_only() -> None:
@@ -110,32 +92,6 @@ def test_a_sliced_checkpoint_is_not_trained_elastically() -> None:
         draw(sliced, ARGS, 0, 0, 0)
 
 
-def test_token_losses_are_plain_cross_entropy() -> None:
-    inputs = labelled(0)
-    logits = torch.randn(3, 19, 97, generator=torch.Generator().manual_seed(0))
-    losses = token_losses(logits, inputs["labels"])
-    for row in range(3):
-        for place in range(18):
-            label = int(inputs["labels"][row, place + 1])
-            expected = 0.0 if label == -100 else -logits[row, place].softmax(-1)[label].log().item()
-            assert losses[row, place].item() == pytest.approx(expected, abs=1e-5)
-
-
-def test_kl_is_the_formula_and_teaches_the_narrow_side_only() -> None:
-    generator = torch.Generator().manual_seed(0)
-    wide = torch.randn(2, 4, 5, generator=generator, requires_grad=True)
-    narrow = torch.randn(2, 4, 5, generator=generator, requires_grad=True)
-    counted = torch.tensor([[True, False, True], [True, True, False]])
-    loss = kl_to(wide, narrow, counted)
-    p, q = wide[:, :-1].softmax(-1), narrow[:, :-1].softmax(-1)
-    expected = ((p * (p / q).log()).sum(-1) * counted).sum()
-    torch.testing.assert_close(loss, expected)
-    loss.backward()
-    assert wide.grad is None and narrow.grad is not None
-    torch.testing.assert_close(narrow.grad[:, :-1], (q - p).detach() * counted[..., None])
-    assert kl_to(wide, wide, counted).item() == pytest.approx(0, abs=1e-6)
-
-
 @pytest.mark.parametrize("exits_at_width", [False, True])
 @pytest.mark.parametrize("distill", [False, True])
 def test_the_loss_is_the_sum_of_its_formulas(distill: bool, exits_at_width: bool) -> None:
@@ -146,7 +102,7 @@ def test_the_loss_is_the_sum_of_its_formulas(distill: bool, exits_at_width: bool
     chosen = Draw({0: width}, exit_layers=[layer], exit_level=0 if exits_at_width else None)
     counted = labels[:, 1:] != -100
     num_items = int(counted.sum())
-    loss, _ = elastic_loss(model, model, inputs, args, chosen, num_items, Tally())
+    loss = elastic_loss(model, model, inputs, args, chosen, num_items, Tally())
 
     def mean_loss(logits: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
@@ -184,7 +140,7 @@ def test_the_loss_at_several_widths_is_the_sum_over_them() -> None:
 
     def loss_at(some: dict[int, int]) -> torch.Tensor:
         chosen = Draw(some, exit_layers=model.config.gate_layers[:1], exit_level=None)
-        return elastic_loss(model, model, inputs, ARGS, chosen, 10, Tally())[0]
+        return elastic_loss(model, model, inputs, ARGS, chosen, 10, Tally())
 
     alone = sum(loss_at({level: width}) - loss_at({}) for level, width in widths.items())
     torch.testing.assert_close(loss_at(widths), loss_at({}) + alone, rtol=1e-4, atol=1e-5)
@@ -202,9 +158,9 @@ def test_gates_and_router_never_bend_the_trunk(seed: int) -> None:
     ids, labels = inputs["input_ids"], inputs["labels"]
     counted = labels[:, 1:] != -100
     layers = model.config.gate_layers
-    output = model(ids, use_cache=False, exit_hidden_layers=layers, output_gates=True)
+    final, output = run_to_head(model, model, {"input_ids": ids}, labels, layers, output_gates=True)
     gates_only = ElasticArguments(exit_loss_weight=0.0)
-    loss = exit_loss(model, output, labels, counted, layers, gates_only, counted.sum(), Tally())
+    loss = exit_loss(model, final, output, labels, layers, gates_only, counted.sum(), Tally())
     learned = gradient_names(model, loss)
     assert learned and all(name.startswith("model.exit_gates.") for name in learned)
     assert {int(name.split(".")[2]) for name in learned} == set(layers)
@@ -268,7 +224,7 @@ def test_micro_batches_add_up_to_the_batch(exits_at_width: bool) -> None:
         model.zero_grad()
         for start in range(0, 8, size):
             part = {key: value[start : start + size] for key, value in inputs.items()}
-            loss, _ = elastic_loss(model, model, part, ARGS, chosen, num_items, Tally())
+            loss = elastic_loss(model, model, part, ARGS, chosen, num_items, Tally())
             loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     whole, parts = gradients

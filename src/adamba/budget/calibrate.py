@@ -16,8 +16,9 @@ from adamba.errors import UserError
 from adamba.flops import training_flops_per_token
 from adamba.gpus import CPU, Gpu, find_gpu
 from adamba.model import AdambaConfig, AdambaForCausalLM
-from adamba.training.elastic import ElasticArguments, Tally, draw, elastic_loss, token_losses
+from adamba.training.elastic import ElasticArguments, Tally, draw, elastic_loss
 from adamba.training.freezing import freeze_all_but
+from adamba.training.head_losses import next_token_losses
 
 from .phases import ELASTIC_KEYS, PlannedPhase
 
@@ -79,12 +80,11 @@ def flops_per_second(phase: PlannedPhase, num_steps: int = NUM_STEPS) -> float:
     def micro_batch(place: int) -> None:
         with torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext():
             if elastic is None:
-                logits = model(input_ids, use_cache=False).logits
-                loss = token_losses(logits, input_ids).sum() / input_ids.numel()
+                loss = next_token_losses(model, model, {"input_ids": input_ids}, input_ids).sum() / input_ids.numel()
             else:
                 chosen = draw(model.config, elastic, 0, place, 0)
                 batch = {"input_ids": input_ids, "labels": input_ids}
-                loss, _ = elastic_loss(model, model, batch, elastic, chosen, input_ids.numel(), Tally())
+                loss = elastic_loss(model, model, batch, elastic, chosen, input_ids.numel(), Tally())
         loss.backward()
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9)

@@ -1,15 +1,18 @@
 """Memory of a training run on one GPU: an estimate from sizes, to see beforehand what cannot fit.
 
 Weights, gradients and optimizer state follow from how they are stored; the bytes of logits were measured on a CPU
-(`bench/logits_memory.py`: 15 to 17 a logit for a plain step, 33 to 38 for an elastic one); activations are counted
-for a layer at a time, as activation checkpointing keeps them.
+(`bench/logits_memory.py`), where SFT and pretraining of a hybrid hold a chunk of them at a time; activations are
+counted for a layer at a time, as activation checkpointing keeps them.
 """
 
 from adamba.model.configuration_adamba import ATTENTION_LAYERS, AdambaConfig
 
 from .phases import PlannedPhase
 
-LOGIT_BYTES = {"plain": 16, "elastic": 36}  # logits, their fp32 copy, log-softmax and gradient; two passes and an exit
+LOGIT_BYTES = 16  # logits, their fp32 copy, log-softmax and gradient (13.7 were measured in fp32)
+CHUNK_LOGIT_BYTES = 36  # the same of a chunk, and those of the full width that it learns from
+LOGITS_AT_ONCE = 2**24  # of `adamba.training.head_losses`, which would import torch
+CHUNKED = ("run_pretrain.py", "run_sft.py")
 USABLE_FRACTION = 0.92  # the rest goes to the CUDA context, kernels' workspaces and fragmentation
 BUCKET_BYTES = 2e9  # DeepSpeed's reduce and gather buckets
 GIB = 2**30
@@ -49,7 +52,7 @@ def memory_gib(phase: PlannedPhase, num_gpus: int | None = None) -> dict[str, fl
     tokens *= 2 if phase.script == "run_dpo.py" else 1
     forward = {
         "activations": activation_bytes(phase, tokens, width),
-        "logits": LOGIT_BYTES["elastic" if phase.is_elastic else "plain"] * tokens * phase.config.vocab_size,
+        "logits": logit_bytes(phase, tokens),
     }
     if float(phase.values.get("old_weight_lr_scale", 1.0)) < 1:
         # The optimizer step copies the weights, when activations are gone: the larger of the two counts.
@@ -57,6 +60,14 @@ def memory_gib(phase: PlannedPhase, num_gpus: int | None = None) -> dict[str, fl
         if copies > sum(forward.values()):
             forward = {"activations": 0.0, "logits": 0.0, "copies of old weights": copies}
     return {name: value / GIB for name, value in (kept | forward).items()}
+
+
+def logit_bytes(phase: PlannedPhase, tokens: int) -> float:
+    """What the head of a micro-batch holds at its peak."""
+    logits = tokens * phase.config.vocab_size
+    if phase.script in CHUNKED and isinstance(phase.config, AdambaConfig):
+        return CHUNK_LOGIT_BYTES * min(logits, LOGITS_AT_ONCE)
+    return LOGIT_BYTES * logits
 
 
 def activation_bytes(phase: PlannedPhase, tokens: int, width: int) -> float:

@@ -20,8 +20,14 @@ from transformers import PreTrainedModel
 
 from adamba.errors import UserError
 from adamba.model import AdambaConfig, AdambaForCausalLM
-
-IGNORED = -100
+from adamba.training.head_losses import (
+    IGNORED,
+    HeadLosses,
+    head_losses,
+    next_token_losses,
+    run_to_head,
+    token_losses,
+)
 
 
 @dataclass
@@ -103,21 +109,6 @@ def draw(config: AdambaConfig, args: ElasticArguments, seed: int, step: int, mic
     )
 
 
-def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Next-token cross entropy in nats, (B, L - 1), zero where the label is ignored."""
-    targets = labels[:, 1:]
-    losses = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return losses.view(targets.shape)
-
-
-def kl_to(target_logits: torch.Tensor, logits: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """Sum over counted positions of KL(target || logits); no gradient into the target."""
-    target = target_logits[:, :-1][counted].detach().float().log_softmax(-1)
-    return F.kl_div(logits[:, :-1][counted].float().log_softmax(-1), target, reduction="sum", log_target=True)
-
-
 class Tally:
     """Sums and counts of what is logged, by key, until the next log."""
 
@@ -149,9 +140,9 @@ def elastic_loss(
     num_items: torch.Tensor | float,
     tally: Tally,
     sources: list[str] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """
-    The loss of one micro-batch, and the logits that stand for it.
+    The loss of one micro-batch.
 
     Args:
         model: what is called (it may be wrapped for data parallelism); `plain` is the model inside.
@@ -165,56 +156,57 @@ def elastic_loss(
     full = observed = None
     if args.distill or not chosen.widths:
         exits = chosen.exit_layers if chosen.exit_level is None else []
-        full = observed = model(**inputs, use_cache=False, exit_hidden_layers=exits or None, output_gates=True)
-        full_losses = token_losses(full.logits, labels)
-        loss = loss + full_losses.sum() / num_items
-        tally.add("loss_full", full_losses, counted.sum())
-        by_source(tally, full_losses, counted, sources)
+        full, output = run_to_head(model, plain, inputs, labels, exits, output_gates=True)
+        observed = (full, output)
+        loss = loss + full.losses.sum() / num_items
+        tally.add("loss_full", full.losses, counted.sum())
+        by_source(tally, full.losses, counted, sources)
     for level, width in chosen.widths.items():
         exits = chosen.exit_layers if chosen.exit_level == level else []
-        narrow = model(**inputs, use_cache=False, width=width, exit_hidden_layers=exits or None, output_gates=True)
-        narrow_losses = token_losses(narrow.logits, labels)
-        loss = loss + narrow_losses.sum() / num_items
-        tally.add(f"loss_width_{width}", narrow_losses, counted.sum())
+        narrow, output = run_to_head(model, plain, inputs, labels, exits, full, width=width, output_gates=True)
+        loss = loss + narrow.losses.sum() / num_items
+        tally.add(f"loss_width_{width}", narrow.losses, counted.sum())
         if chosen.exit_level == level:
-            observed = narrow
+            observed = (narrow, output)
         if full is None:
-            by_source(tally, narrow_losses, counted, sources)
+            by_source(tally, narrow.losses, counted, sources)
             continue
-        loss = loss + args.distill_weight * kl_to(full.logits, narrow.logits, counted) / num_items
+        loss = loss + args.distill_weight * narrow.divergence / num_items
         router_part = router_loss(
-            plain, inputs, labels, full_losses, narrow_losses, counted, level, args.router_tolerance
+            plain, inputs, labels, full.losses, narrow.losses, counted, level, args.router_tolerance
         )
         loss = loss + args.router_loss_weight * router_part / num_items
-    if observed is not None and observed.gate_logits is not None:
-        loss = loss + exit_loss(plain, observed, labels, counted, chosen.exit_layers, args, num_items, tally)
-    return loss, (narrow if full is None else full).logits
+    if observed is not None and observed[1].gate_logits is not None:
+        loss = loss + exit_loss(plain, *observed, labels, chosen.exit_layers, args, num_items, tally)
+    return loss
 
 
 def exit_loss(
     plain: AdambaForCausalLM,
+    final: HeadLosses,
     output,
     labels: torch.Tensor,
-    counted: torch.Tensor,
     exit_layers: list[int],
     args: ElasticArguments,
     num_items: torch.Tensor | float,
     tally: Tally,
 ) -> torch.Tensor:
-    """Cross entropy of the sampled exits, heavier the deeper, and their gates' agreement with the full depth."""
-    final_choice = output.logits[:, :-1].argmax(-1)
+    """
+    Cross entropy of the sampled exits, heavier the deeper, and their gates' agreement with the full depth, `final`.
+    `output` holds the hidden states of these layers and of the last, if this pass has exits.
+    """
+    counted = labels[:, 1:] != IGNORED
     # Gates that are not sampled take part with weight 0, so that every rank has a gradient for every weight.
     loss = output.gate_logits.sum() * 0.0
-    for layer, hidden in zip(exit_layers, output.exit_hidden_states or (), strict=True):
-        logits = plain.head(plain.model.norm(hidden))
-        losses = token_losses(logits, labels)
+    for layer, hidden in zip(exit_layers, output.exit_hidden_states[:-1], strict=True):
+        early = head_losses(plain, hidden, labels)
         depth = (layer + 1) / plain.config.num_hidden_layers
-        loss = loss + args.exit_loss_weight * depth * losses.sum() / num_items
-        agrees = (logits[:, :-1].argmax(-1) == final_choice).float()
+        loss = loss + args.exit_loss_weight * depth * early.losses.sum() / num_items
+        agrees = (early.choices == final.choices).float()
         gate = output.gate_logits[:, :-1, plain.config.gate_layers.index(layer)]
         errors = F.binary_cross_entropy_with_logits(gate.float(), agrees, reduction="none") * counted
         loss = loss + args.gate_loss_weight * errors.sum() / num_items
-        tally.add("exit_loss", losses, counted.sum())
+        tally.add("exit_loss", early.losses, counted.sum())
         tally.add("gate_loss", errors, counted.sum())
         tally.add(f"agreement_layer_{layer}", agrees * counted, counted.sum())
     return loss
@@ -274,15 +266,19 @@ class ElasticLossMixin:
         labels = inputs["labels"]
         counted = labels[:, 1:] != IGNORED
         num_items = num_items_in_batch if num_items_in_batch is not None else counted.sum().clamp(min=1)
+        logits = None
         if self.elastic_args.elastic and model.training:
             chosen = draw(plain.config, self.elastic_args, self.args.seed, *self._place())
-            loss, logits = elastic_loss(
-                model, plain, inputs, self.elastic_args, chosen, num_items, self.tally, sources
-            )
+            with self.accelerator.autocast():  # the head runs outside of the model's own forward
+                loss = elastic_loss(model, plain, inputs, self.elastic_args, chosen, num_items, self.tally, sources)
         else:
             batch = {key: value for key, value in inputs.items() if key != "labels"}
-            logits = model(**batch, use_cache=False).logits
-            losses = token_losses(logits, labels)
+            if return_outputs:
+                logits = model(**batch, use_cache=False).logits
+                losses = token_losses(logits, labels)
+            else:
+                with self.accelerator.autocast():
+                    losses = next_token_losses(model, plain, batch, labels)
             loss = losses.sum() / num_items
             if model.training:
                 by_source(self.tally, losses, counted, sources)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from adamba.flops import forward_flops_per_token, layer_flops
 from adamba.model import AdambaForCausalLM
 from adamba.tasks import TASKS
-from adamba.training.elastic import IGNORED, token_losses
+from adamba.training.head_losses import IGNORED, head_losses, next_token_losses, run_to_head
 from adamba.training.play import play, score_episodes
 
 NUM_BINS = 10
@@ -28,7 +28,7 @@ def losses_by_source(
     sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
     for source, batch in _batches(rows, batch_size, model.device):
         labels = batch.pop("labels")
-        losses = token_losses(model(**batch, use_cache=False, **options).logits, labels)
+        losses = next_token_losses(model, model, batch, labels, **options)
         count = (labels[:, 1:] != IGNORED).sum()
         for key in (source, ""):
             sums[key] += torch.stack((losses.double().sum(), count.double())).cpu()
@@ -63,17 +63,11 @@ def observe_exits(
     for _, batch in _batches(rows, batch_size, model.device):
         labels = batch.pop("labels")
         counted = labels[:, 1:] != IGNORED
-        output = model(**batch, use_cache=False, width=width, exit_hidden_layers=layers, output_gates=True)
-        final = output.logits[:, :-1].argmax(-1)
-        batch_agrees, batch_losses = [], []
-        for hidden in output.exit_hidden_states:
-            logits = model.head(model.model.norm(hidden))
-            batch_agrees.append((logits[:, :-1].argmax(-1) == final)[counted])
-            batch_losses.append(token_losses(logits, labels)[counted])
-        batch_losses.append(token_losses(output.logits, labels)[counted])
+        final, output = run_to_head(model, model, batch, labels, layers, width=width, output_gates=True)
+        early = [head_losses(model, hidden, labels) for hidden in output.exit_hidden_states[:-1]]
         confidence.append(output.gate_logits[:, :-1].sigmoid()[counted].cpu())
-        agrees.append(torch.stack(batch_agrees, -1).cpu())
-        losses.append(torch.stack(batch_losses, -1).cpu())
+        agrees.append(torch.stack([(exit.choices == final.choices)[counted] for exit in early], -1).cpu())
+        losses.append(torch.stack([said.losses[counted] for said in (*early, final)], -1).cpu())
     return ExitObservations(layers, torch.cat(confidence), torch.cat(agrees), torch.cat(losses))
 
 

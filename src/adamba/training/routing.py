@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from adamba.errors import UserError
 from adamba.flops import forward_flops_per_token
 from adamba.model import AdambaConfig, AdambaForCausalLM
-from adamba.training.elastic import IGNORED, token_losses
 from adamba.training.freezing import freeze_all_but
+from adamba.training.head_losses import IGNORED, token_losses
 from adamba.training.sft import MixSFTTrainer
 
 CONFIDENCES = [step / 100 for step in range(1, 100)]  # what the budget chooses from

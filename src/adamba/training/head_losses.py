@@ -1,0 +1,102 @@
+"""
+What the shared head says of a layer's hidden states: cross entropy, divergence and choices, some tokens at a time.
+
+At a vocabulary of 65,536 the fp32 logits of 16,384 tokens take 4 GiB, and a plain backward pass holds several copies
+for each width and each exit. Here only tokens that have a label meet the head; where they are many, in chunks that are
+computed again in the backward pass: one product more, and never more than a chunk of logits at once.
+
+Shape legend: B rows, L tokens, T tokens with a label, D hidden channels.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from adamba.model import AdambaForCausalLM
+
+IGNORED = -100
+LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Next-token cross entropy in nats of logits that are there, (B, L - 1), zero where the label is ignored."""
+    targets = labels[:, 1:]
+    losses = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view(targets.shape)
+
+
+@dataclass
+class HeadLosses:
+    """
+    losses (B, L - 1): next-token cross entropy in nats; choices (B, L - 1): the likeliest next tokens; both 0 without
+    a label. divergence: the sum of KL(target || this) over labelled tokens. states (T, D): what met the head.
+    """
+
+    losses: torch.Tensor
+    choices: torch.Tensor
+    divergence: torch.Tensor
+    states: torch.Tensor
+
+
+def head_losses(
+    model: AdambaForCausalLM, hidden_BLD: torch.Tensor, labels_BL: torch.Tensor, target: HeadLosses | None = None
+) -> HeadLosses:
+    """
+    Args:
+        hidden_BLD: a layer's output, before the final norm.
+        labels_BL: not shifted; -100 is no label.
+        target: of the same labels; the divergence is from its distribution, which gets no gradient.
+    """
+    counted = labels_BL[:, 1:] != IGNORED
+    states_TD, labels_T = model.model.norm(hidden_BLD[:, :-1][counted]), labels_BL[:, 1:][counted]
+    targets_TD = None if target is None else target.states.detach()
+    size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    run = partial(_of_chunk, model)
+    if len(states_TD) > size:
+        run = partial(checkpoint, run, use_reentrant=False)
+    starts = range(0, max(len(states_TD), 1), size)  # without a label too, so that every rank runs the head
+    parts = [
+        run(*(None if t is None else t[start : start + size] for t in (states_TD, labels_T, targets_TD)))
+        for start in starts
+    ]
+    losses, choices, divergences = zip(*parts, strict=True)
+    return HeadLosses(
+        losses=states_TD.new_zeros(counted.shape, dtype=torch.float32).masked_scatter(counted, torch.cat(losses)),
+        choices=labels_T.new_zeros(counted.shape).masked_scatter(counted, torch.cat(choices)),
+        divergence=torch.stack(divergences).sum(),
+        states=states_TD,
+    )
+
+
+def run_to_head(model, plain: AdambaForCausalLM, inputs: dict, labels, exit_layers=(), target=None, **options):
+    """
+    One pass that stops before the head: what the head says (`HeadLosses`), and the model's output, whose
+    `exit_hidden_states` are those of `exit_layers` and of the last layer. `model` may be a wrapper of `plain`.
+    """
+    layers = [*exit_layers, plain.config.num_hidden_layers - 1]
+    output = model(**inputs, use_cache=False, logits_to_keep=1, exit_hidden_layers=layers, **options)
+    return head_losses(plain, output.exit_hidden_states[-1], labels, target), output
+
+
+def next_token_losses(model, plain: PreTrainedModel, inputs: dict, labels, **options) -> torch.Tensor:
+    """Next-token cross entropy (B, L - 1) of one pass; from logits where the model is not ours (a dense base)."""
+    if isinstance(plain, AdambaForCausalLM):
+        return run_to_head(model, plain, inputs, labels, **options)[0].losses
+    return token_losses(model(**inputs, use_cache=False, **options).logits, labels)
+
+
+def _of_chunk(model, states_TD, labels_T, targets_TD) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    log_probabilities = model.head(states_TD).float().log_softmax(-1)
+    losses = F.nll_loss(log_probabilities, labels_T, reduction="none")
+    divergence = losses.new_zeros(())
+    if targets_TD is not None:
+        with torch.no_grad():
+            target = model.head(targets_TD).float().log_softmax(-1)
+        divergence = F.kl_div(log_probabilities, target, reduction="sum", log_target=True)
+    return losses, log_probabilities.argmax(-1), divergence
