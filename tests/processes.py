@@ -24,7 +24,24 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 
-from tiny_runs import ROOT, tensors
+from tiny_runs import ROOT, TRAIN, save_hybrid, tensors, write_recipe
+
+STEPS = 20
+ELASTIC = TRAIN | {
+    "max_steps": STEPS,
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": STEPS // 2,
+    "elastic": True,
+    "learning_rate": 1.0e-3,
+}
+
+
+def write_elastic_recipe(folder: Path) -> None:
+    """`recipe.yaml` and the hybrid that it trains, elastic, so widths and exits are drawn in every step."""
+    save_hybrid(folder / "model")
+    recipe = {key: value for key, value in ELASTIC.items() if key != "per_device_train_batch_size"}
+    write_recipe(folder / "recipe.yaml", recipe | {"model_name_or_path": str(folder / "model")})
 
 
 def launched(config: str, *words: str) -> tuple[argparse.Namespace, dict[str, str]]:

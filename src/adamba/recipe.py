@@ -109,6 +109,8 @@ class AdambaParser(TrlParser):
         on_command_line = self._checked_command_line(argv)
         values = in_file | on_command_line
         check_launch(use_cpu=bool(values.get("use_cpu")))
+        if values.get("use_cpu"):
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed takes a GPU, or warns of none, on its own
         source = path or "command line"
         missing = [key for key in self.required if key not in values]
         if missing:
