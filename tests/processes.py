@@ -7,6 +7,7 @@ way.
 """
 
 import argparse
+import gc
 import json
 import logging
 import multiprocessing
@@ -15,9 +16,10 @@ import shutil
 import socket
 import sys
 import traceback
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
@@ -44,20 +46,24 @@ def write_elastic_recipe(folder: Path) -> None:
     write_recipe(folder / "recipe.yaml", recipe | {"model_name_or_path": str(folder / "model")})
 
 
-def launched(config: str, *words: str) -> tuple[argparse.Namespace, dict[str, str]]:
+def launched(config: str, *words: str) -> tuple[argparse.Namespace | None, dict[str, str]]:
     """
     What `accelerate launch --config_file accelerate_configs/<config>.yaml <words>` would start on this machine: the
-    options of torchrun, and what accelerate sets in the environment of each process.
+    options of torchrun (none for a single process), and what accelerate sets in the environment of each process.
     """
     path = ROOT / "accelerate_configs" / f"{config}.yaml"
     options = ["--config_file", str(path), "--main_process_port", "0", *words, "src/run_pretrain.py"]
-    seen: list[tuple[argparse.Namespace, dict[str, str]]] = []
+    seen: list[tuple[argparse.Namespace | None, dict[str, str]]] = []
 
-    def record(args: argparse.Namespace) -> None:
-        names = ("ACCELERATE_", "FSDP_", "OMP_")
-        seen.append((args, {key: value for key, value in os.environ.items() if key.startswith(names)}))
+    def record(args: argparse.Namespace | None, environment: Mapping[str, str] = os.environ) -> None:
+        names = ("ACCELERATE_", "FSDP_")
+        seen.append((args, {key: value for key, value in environment.items() if key.startswith(names)}))
 
-    with patch("torch.distributed.run.run", record):
+    def record_one(command: list[str], env: Mapping[str, str]) -> MagicMock:
+        record(None, env)
+        return MagicMock(returncode=0)
+
+    with patch("torch.distributed.run.run", record), patch("subprocess.Popen", record_one):
         launch_command(launch_command_parser().parse_args(options))
     return seen[0]
 
@@ -91,6 +97,13 @@ def compile_nothing() -> None:
     DeepSpeedEngine.zero_force_ds_cpu_optimizer = lambda self: False
 
 
+def load_deepspeed() -> None:
+    """Before the forks, and without torch's compiler, which one optimizer of DeepSpeed would load (8 s, unused)."""
+    with patch("torch.compile", lambda model=None, **_: model if model is not None else lambda function: function):
+        for name in ("muon.original_muon", "stage_1_and_2", "stage3"):
+            import_module(f"deepspeed.runtime.zero.{name}")
+
+
 def shard_on_the_cpu() -> None:
     """accelerate knows FSDP only beside GPUs: where it asks for the backend, gloo answers in NCCL's name."""
     PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)
@@ -103,6 +116,7 @@ def rank_main(script: str, arguments: list[str], environment: dict[str, str], lo
         logging.basicConfig(stream=file, format="%(message)s", force=True)
         os.environ.update(environment)
         torch.set_num_threads(1)
+        gc.freeze()  # what was imported before the fork: a collection would walk and copy all of it
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
         if "ACCELERATE_USE_DEEPSPEED" in environment:
@@ -137,6 +151,8 @@ def launch(
     environment = {} if config is None else environment_on_cpu(config)
     if "ACCELERATE_USE_FSDP" in environment:
         words += ["--use_cpu", "false"]  # it would mean DDP; `ACCELERATE_TORCH_DEVICE` says where
+    if "ACCELERATE_USE_DEEPSPEED" in environment:
+        load_deepspeed()
     for rank in range(num_processes):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
