@@ -28,6 +28,8 @@ from accelerate.utils import DistributedType
 
 from tiny_runs import ROOT, TRAIN, save_hybrid, tensors, write_recipe
 
+torch.set_num_threads(1)  # OpenMP's threads do not outlive a fork: a child would wait for them
+
 STEPS = 20
 ELASTIC = TRAIN | {
     "max_steps": STEPS,
@@ -161,7 +163,10 @@ def launch(
         processes.append(context.Process(target=rank_main, args=(script, words, environment | place, logs[-1])))
         processes[-1].start()
     for process in processes:
-        process.join(timeout=900)
+        process.join(timeout=300)
+        if process.is_alive():
+            process.terminate()
+            process.join()
     output = logs[0].read_text()
     codes = [process.exitcode for process in processes]
     if any(codes):  # no `assert`: pytest would shorten what the processes said

@@ -5,6 +5,7 @@ import math
 import resource
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from adamba.training.sharding import (
     count_weights,
     is_sharded,
     num_weights,
-    refuse_other_sharding,
+    readable_checkpoint,
     save_whole,
 )
 
@@ -140,7 +141,6 @@ def train(trainer: Trainer) -> dict[str, float]:
     resume = checkpoint_to_resume(trainer)
     resumed_step = 0
     if resume is not None:
-        refuse_other_sharding(trainer, resume)
         logger.info("resuming from %s", resume)
         saved = TrainerState.load_from_json(str(Path(resume) / TRAINER_STATE_NAME))
         resumed_step = saved.global_step
@@ -156,7 +156,8 @@ def train(trainer: Trainer) -> dict[str, float]:
     if cap is not None:
         trainer.add_callback(cap)
     started = time.monotonic()
-    with interruptions.heard():
+    readable = nullcontext() if resume is None else readable_checkpoint(trainer, resume)
+    with interruptions.heard(), readable as resume:
         result = trainer.train(resume_from_checkpoint=resume)
     steps = trainer.state.global_step
     if interruptions.stopped_by is not None:

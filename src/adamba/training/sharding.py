@@ -1,9 +1,12 @@
 """Where DeepSpeed and FSDP split a model over processes: counting, saving it whole, and resuming only what fits."""
 
+import io
+import os
 import re
 import shutil
+from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -69,40 +72,69 @@ def _own_class(model: nn.Module) -> Iterator[None]:
 
 def saved_by(checkpoint: Path) -> tuple[str, int | None]:
     """
-    How the state of a `checkpoint-N` was spread when it was saved, and over how many processes where it can only be
-    read by as many: `("DeepSpeed ZeRO-3", 2)`, `("DeepSpeed ZeRO-1 or 2", 2)`, `("FSDP", None)`, `("", None)`.
+    How the state of a `checkpoint-N` was spread when it was saved, and for DeepSpeed over how many processes:
+    `("DeepSpeed ZeRO-3", 2)`, `("DeepSpeed ZeRO-1 or 2", 2)`, `("FSDP", None)`, `("no sharding", None)`.
     """
     ranks = {
         int(found[1])
         for path in checkpoint.glob("global_step*/*_optim_states.pt")
         if (found := re.search(r"zero_pp_rank_(\d+)_", path.name))
     }
-    if any(checkpoint.glob("global_step*")):
+    if ranks:
         whole = any(checkpoint.glob("global_step*/mp_rank_*_model_states.pt"))
-        return f"DeepSpeed ZeRO-{'1 or 2' if whole else '3'}", len(ranks)
-    return ("FSDP" if any(checkpoint.glob("pytorch_model_fsdp*")) else ""), None
+        return _zero(2 if whole else 3), len(ranks)
+    return ("FSDP" if any(checkpoint.glob("pytorch_model_fsdp*")) else "no sharding"), None
 
 
-def refuse_other_sharding(trainer: Trainer, checkpoint: str) -> None:
+def _zero(stage: int) -> str:
+    return f"DeepSpeed ZeRO-{'3' if stage == 3 else '1 or 2'}"
+
+
+@contextmanager
+def readable_checkpoint(trainer: Trainer, checkpoint: str) -> Iterator[str]:
     """
-    Refuse a checkpoint that this launch cannot read whole: its optimizer state would be left out in silence, or a
-    library would stop with a traceback.
+    A checkpoint as this launch can read it: itself, or for DeepSpeed on another number of processes a copy whose
+    optimizer state is not split (DeepSpeed's universal form), for as long as it is needed.
 
     Raises:
-        UserError: naming the folder, how it was saved, and what works.
+        UserError: saved under another sharding; its optimizer state would be left out in silence, or a library stop.
     """
     kind, num_processes = saved_by(Path(checkpoint))
-    here = ""
+    here = "no sharding"
     if trainer.is_deepspeed_enabled:
-        stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
-        here = f"DeepSpeed ZeRO-{'3' if stage == 3 else '1 or 2'}"
+        here = _zero(trainer.accelerator.state.deepspeed_plugin.zero_stage)
     elif trainer.is_fsdp_enabled:
         here = "FSDP"
-    if kind == here and num_processes in (None, trainer.args.world_size):
+    if kind != here:
+        raise UserError(
+            f"resume_from_checkpoint: {checkpoint} was saved under {kind}, this launch has {here}; take the "
+            f"accelerate config that it was saved under, or begin from its weights in another output_dir: "
+            f"--model_name_or_path {checkpoint}"
+        )
+    if num_processes in (None, trainer.args.world_size):
+        yield checkpoint
         return
-    there = f"{kind} on {num_processes} processes" if num_processes else kind or "unsharded training"
-    now = f"{here} on {trainer.args.world_size}" if num_processes and here else here or "unsharded training"
-    raise UserError(
-        f"resume_from_checkpoint: {checkpoint} is of {there}, this launch is {now}; resume it as it was launched, or "
-        f"start a run from its weights: --model_name_or_path {checkpoint}, and another output_dir"
-    )
+    copy = Path(trainer.args.output_dir) / f"from_{num_processes}_processes"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(copy, ignore_errors=True)
+        _make_universal(Path(checkpoint), copy)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
+    try:
+        yield str(copy)
+    finally:
+        if trainer.is_world_process_zero():
+            shutil.rmtree(copy, ignore_errors=True)
+
+
+def _make_universal(checkpoint: Path, copy: Path) -> None:
+    from deepspeed.checkpoint.ds_to_universal import main as convert
+
+    (shards,) = checkpoint.glob("global_step*")
+    shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns("global_step*", "latest"))
+    workers = min(os.cpu_count() or 1, 8) if sum(path.stat().st_size for path in shards.iterdir()) > 2**30 else 1
+    options = {"num_extract_workers": workers, "num_merge_workers": workers, "keep_temp_folder": False}
+    options |= {"strict": True, "inject_missing_state": True}
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # a line and a bar for each step
+        convert(Namespace(input_folder=str(shards), output_folder=str(copy / shards.name), **options))
+    (copy / "latest_universal").write_text(shards.name)
