@@ -21,6 +21,7 @@ from adamba.training.elastic import ElasticArguments
 from adamba.training.freezing import freeze_all_but, freeze_idle
 from adamba.training.pretraining import PretrainConfig, PretrainTrainer
 from adamba.training.session import finish, logger, measures, start, train
+from adamba.training.sharding import count_weights
 
 
 @user_errors()
@@ -44,8 +45,8 @@ def main() -> None:
         logger.info("sorted channels, heads and units by importance on %d rows", len(calibration))
     freeze_all_but(model, args.train_only)
     freeze_idle(model, elastic_args)
-    learning = model.num_parameters(only_trainable=True)
-    logger.info("%s: %d of %d parameters learn", args.train_only, learning, model.num_parameters())
+    learning = count_weights(model, only_trainable=True)
+    logger.info("%s: %d of %d parameters learn", args.train_only, learning, count_weights(model))
 
     trainer = PretrainTrainer(
         model=model,

@@ -1,19 +1,22 @@
 """Ways to launch: what does not fit the machine is refused; configs that need GPUs are parsed and dry-run here."""
 
+import dataclasses
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
-from accelerate.utils.launch import prepare_multi_gpu_env
 
 from adamba import launch
+from adamba.budget.memory import memory_gib
+from adamba.budget.phases import read_launch, read_plan
 from adamba.errors import UserError
-from adamba.launch import check_launch
+from adamba.launch import check_launch, check_precision
 from adamba.model import AdambaForCausalLM
+from processes import launched
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -71,32 +74,94 @@ def test_scripts_ask_before_anything_else(monkeypatch, capsys) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_becomes_the_environment_of_its_processes(path: Path, monkeypatch) -> None:
-    """A dry run: what accelerate would hand each process. Those with GPUs start nowhere here."""
+    """A dry run: what accelerate would start and hand each process. Those with GPUs start nowhere here."""
     config = load_config_from_file(str(path))
-    words = ["--config_file", str(path), "--main_process_port", "0", "src/run_pretrain.py", "recipes/phase1.yaml"]
-    if config.distributed_type == "DEEPSPEED":
-        plugin_keys = dict(config.deepspeed_config)
-        stage = int(path.stem[4]) if path.stem.startswith("zero") else 2
-        assert plugin_keys["zero_stage"] == stage and config.mixed_precision == "bf16"
-        offload = "cpu" if path.stem.endswith("offload") else "none"
-        assert plugin_keys["offload_optimizer_device"] == plugin_keys["offload_param_device"] == offload
-        # The plugin refuses what it does not know; it needs no GPU to be made, only the library.
-        pytest.importorskip("deepspeed", reason="pip install deepspeed")
-        plugin = DeepSpeedPlugin(zero_stage=stage, offload_optimizer_device=offload, offload_param_device=offload)
-        assert plugin.deepspeed_config["zero_optimization"]["stage"] == stage
-        return
-    args = launch_command_parser().parse_args(words)
-    args, *_ = _validate_launch_command(args)
-    environment = prepare_multi_gpu_env(args)
-    assert int(args.nproc_per_node) == config.num_processes
+    nodes = ["--main_process_ip", "10.0.0.1", "--machine_rank", "1"] if config.num_machines > 1 else []
+    args, environment = launched(path.stem, *nodes)
+    if path.stem in ("cpu", "single_gpu"):
+        assert args is None and config.num_processes == 1
+        assert environment["ACCELERATE_USE_CPU"] == str(path.stem == "cpu")
+    else:
+        assert int(args.nproc_per_node) * config.num_machines == config.num_processes
+        assert int(args.nnodes.partition(":")[0]) == config.num_machines
+    assert environment["ACCELERATE_MIXED_PRECISION"] == ("no" if "cpu" in path.stem else "bf16")
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
     assert environment.get("ACCELERATE_USE_FSDP") == ("true" if path.stem == "fsdp2" else None)
     if path.stem == "fsdp2":
-        for key, value in environment.items():
-            if key.startswith(("FSDP_", "ACCELERATE_USE_FSDP")):
-                monkeypatch.setenv(key, value)
         plugin = FullyShardedDataParallelPlugin()
         assert plugin.fsdp_version == 2 and plugin.reshard_after_forward
         assert set(plugin.transformer_cls_names_to_wrap) == set(AdambaForCausalLM._no_split_modules)
+    assert environment.get("ACCELERATE_USE_DEEPSPEED") == ("true" if config.distributed_type == "DEEPSPEED" else None)
+    if config.distributed_type == "DEEPSPEED":
+        zero = DeepSpeedPlugin().deepspeed_config["zero_optimization"]
+        assert zero["stage"] == (int(path.stem[4]) if path.stem.startswith("zero") else 2)
+        offload = "cpu" if path.stem.endswith("offload") else "none"
+        assert zero["offload_optimizer"]["device"] == zero["offload_param"]["device"] == offload
+        # Without it, ZeRO-3 would publish DeepSpeed's shards instead of a checkpoint.
+        assert zero["stage"] < 3 or zero["stage3_gather_16bit_weights_on_model_save"]
+
+
+# Which part of weights and of optimizer state stays on each GPU; all of it where nothing is said.
+SHARDED = {
+    "zero1": {"optimizer": 1 / 8},
+    "zero2": {"optimizer": 1 / 8},
+    "multi_node": {"optimizer": 1 / 16},
+    "zero3": {"weights": 1 / 8, "optimizer": 1 / 8},
+    "zero3_offload": {"weights": 0, "optimizer": 0},
+    "fsdp2": {"weights": 1 / 8, "optimizer": 1 / 8},
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_memory_of_the_largest_phase_is_estimated_for_each_config(path: Path) -> None:
+    """The shapes of phase 4b (10.8 B parameters) under each config, which no machine here could hold."""
+    phase = next(phase for phase in read_plan(ROOT / "recipes") if phase.name == "phase4b")
+    launch = read_launch(["accelerate", "launch", "--config_file", str(path)])
+    parts = memory_gib(dataclasses.replace(phase, launch=launch))
+    weights = phase.num_parameters * 2 / 2**30  # bf16
+    assert parts["weights"] == pytest.approx(SHARDED.get(path.stem, {}).get("weights", 1) * weights)
+    state = 6 if launch.deepspeed else 4  # moments in fp32, and DeepSpeed's own copy of the weights
+    assert parts["optimizer"] == pytest.approx(SHARDED.get(path.stem, {}).get("optimizer", 1) * state * weights)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "bf16", "deepspeed", "message"),
+    [
+        (
+            "bf16",
+            False,
+            "false",
+            "mixed_precision is bf16, the recipe's is no; give --bf16 true, or accelerate launch",
+        ),
+        ("bf16", False, "true", "mixed_precision is bf16, the recipe's is no"),
+        ("no", True, "true", "mixed_precision is no, the recipe's is bf16; give accelerate launch --mixed_precision"),
+    ],
+)
+def test_two_precisions_are_one_line(theirs, bf16, deepspeed, message) -> None:
+    environment = {"ACCELERATE_MIXED_PRECISION": theirs, "ACCELERATE_USE_DEEPSPEED": deepspeed}
+    with pytest.raises(UserError, match=f"accelerate config: {message}"):
+        check_precision(bf16, False, environment)
+
+
+def test_one_precision_passes() -> None:
+    check_precision(True, False, {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_DEEPSPEED": "true"})
+    check_precision(True, False, {"ACCELERATE_MIXED_PRECISION": "no"})  # the Trainer takes the recipe's
+    check_precision(False, False, {"ACCELERATE_MIXED_PRECISION": "no"})
+    check_precision(False, False, {})
+
+
+def test_recipes_have_the_precision_of_their_config() -> None:
+    seen = 0
+    for recipe in (ROOT / "recipes").rglob("*.yaml"):
+        words = recipe.read_text().splitlines()[0].split()
+        values = yaml.safe_load(recipe.read_text())
+        if "--config_file" in words and "bf16" in values:
+            config = load_config_from_file(str(ROOT / words[words.index("--config_file") + 1]))
+            environment = {"ACCELERATE_MIXED_PRECISION": config.mixed_precision, "ACCELERATE_USE_DEEPSPEED": "true"}
+            check_precision(values["bf16"], False, environment)
+            seen += 1
+    assert seen >= 10
 
 
 def test_the_multi_node_script_prints_the_command_of_each_machine() -> None:

@@ -42,5 +42,23 @@ def check_launch(
         )
 
 
+def check_precision(bf16: bool, fp16: bool, environment: Mapping[str, str] = os.environ) -> None:
+    """
+    Refuse a recipe that says another precision than the accelerate config. accelerate's would win in silence where the
+    recipe wants none, and DeepSpeed would stop once the model is loaded.
+
+    Raises:
+        UserError: naming both.
+    """
+    theirs, ours = environment.get("ACCELERATE_MIXED_PRECISION", ""), "bf16" if bf16 else "fp16" if fp16 else "no"
+    if theirs in ("", ours) or (ours != "no" and not _is_true(environment, "ACCELERATE_USE_DEEPSPEED")):
+        return
+    recipe = f"--{theirs} true, or " if theirs in ("bf16", "fp16") else ""
+    raise UserError(
+        f"accelerate config: mixed_precision is {theirs}, the recipe's is {ours}; give {recipe}"
+        f"accelerate launch --mixed_precision {ours}"
+    )
+
+
 def _is_true(environment: Mapping[str, str], key: str) -> bool:
     return environment.get(key, "").lower() in TRUE

@@ -21,7 +21,7 @@ from trl import TrlParser
 
 from adamba.errors import UserError, one_line
 from adamba.fingerprint import fingerprint_code
-from adamba.launch import check_launch
+from adamba.launch import check_launch, check_precision
 from adamba.recipe_file import Recipe, read_recipe
 from adamba.recipe_values import contains, describe, fit, fit_text
 from adamba.secrets_kept import is_secret_name
@@ -109,6 +109,8 @@ class AdambaParser(TrlParser):
         on_command_line = self._checked_command_line(argv)
         values = in_file | on_command_line
         check_launch(use_cpu=bool(values.get("use_cpu")))
+        if values.get("use_cpu"):
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed takes a GPU, or warns of none, on its own
         source = path or "command line"
         missing = [key for key in self.required if key not in values]
         if missing:
@@ -123,6 +125,8 @@ class AdambaParser(TrlParser):
             except ValueError as error:
                 raise UserError(f"{source}: {one_line(error)}") from error
             instances.append(instance)
+            if hasattr(instance, "bf16"):
+                check_precision(instance.bf16, instance.fp16)
             if dataclass_type.__module__.partition(".")[0] not in ("trl", "transformers", "peft"):
                 own = {name for base in _own_bases(dataclass_type) for name in base.__annotations__}
                 resolved |= {k: _default_of(dataclass_type, k) for k in fields if k in own and k not in values}

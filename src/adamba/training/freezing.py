@@ -7,6 +7,7 @@ from torch import nn
 from adamba.errors import UserError
 from adamba.model import AdambaForCausalLM
 from adamba.training.elastic import ElasticArguments
+from adamba.training.sharding import num_weights
 
 # Recipe value of `train_only` -> names of the parameters that learn.
 PARTS = {
@@ -30,7 +31,7 @@ def freeze_all_but(model: nn.Module, part: str) -> int:
     learning = 0
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(re.search(PARTS[part], name) is not None)
-        learning += parameter.numel() * parameter.requires_grad
+        learning += num_weights(parameter) * parameter.requires_grad
     if not learning:
         raise UserError(f"train_only: {part!r} matches no parameter of this {type(model).__name__}")
     return learning

@@ -9,6 +9,7 @@ from adamba.errors import UserError
 from adamba.model import AdambaConfig
 from adamba.surgery.axes import layer_of, role_of, shared_index
 from adamba.surgery.expand import config_before_expansion
+from adamba.training.sharding import is_sharded
 
 # Matrices that Muon must not orthogonalise: look-up tables and the output head (Jordan et al., 2024).
 NOT_MUON = ("embed_tokens", "lm_head", "conv1d", "exit_gates", "router")
@@ -138,6 +139,8 @@ class OptimizerMixin:
     """Put before a `Trainer` class: the recipe's `use_muon` and, where there is one, its `old_weight_lr_scale`."""
 
     def create_optimizer(self, *args, **kwargs):
+        if self.args.use_muon and is_sharded(self):
+            raise UserError("use_muon: needs whole matrices on each rank (DDP), not ZeRO or FSDP")
         if self.optimizer is None and self.args.use_muon:
             self.optimizer = MuonWithAdamW(
                 self.model.named_parameters(),
@@ -149,7 +152,7 @@ class OptimizerMixin:
         optimizer = super().create_optimizer(*args, **kwargs)
         scale = getattr(self.args, "old_weight_lr_scale", 1.0)
         if scale < 1:
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            if is_sharded(self):
                 raise UserError(
                     "old_weight_lr_scale: below 1 needs whole parameters on each rank (DDP), not ZeRO or FSDP"
                 )

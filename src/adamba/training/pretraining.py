@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from adamba.errors import UserError
 from adamba.training.caps import SpendingCaps
@@ -35,6 +36,10 @@ class PretrainConfig(SpendingCaps, HubKeys, TrainingArguments):
         super().__post_init__()
         if self.max_steps <= 0:
             raise UserError(f"max_steps: {self.max_steps} must be given, above 0; the data is a stream without end")
+        if self.sort_by_importance and is_deepspeed_zero3_enabled():
+            raise UserError(
+                "sort_by_importance: true needs whole weights on each rank; not with ZeRO-3 (use zero2.yaml)"
+            )
         if not 0 <= self.old_weight_lr_scale <= 1:
             raise UserError(f"old_weight_lr_scale: {self.old_weight_lr_scale} must be from 0 to 1")
 

@@ -5,6 +5,7 @@ import math
 import resource
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ from adamba.secrets_kept import RedactingFilter
 from adamba.training.caps import SpendingCaps, StopAtCap, refuse_used_up
 from adamba.training.checkpoints import checkpoint_to_resume, differences, seal_what_is_saved, sign
 from adamba.training.interruptions import Interruptions
+from adamba.training.sharding import (
+    copy_model,
+    count_weights,
+    is_sharded,
+    num_weights,
+    readable_checkpoint,
+    save_whole,
+)
 
 logger = logging.getLogger("adamba")
 
@@ -73,8 +82,8 @@ def start(args: TrainingArguments, recipe: Recipe, inputs: Mapping[str, str]) ->
 def checkpoint_bytes(trainer: Trainer) -> int:
     """What one checkpoint takes on disk, about: weights, and two moments in fp32 for each that learns."""
     parameters = list(trainer.model.parameters())
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    return weights + sum(8 * p.numel() for p in parameters if p.requires_grad)
+    weights = sum(num_weights(p) * p.element_size() for p in parameters)
+    return weights + sum(8 * num_weights(p) for p in parameters if p.requires_grad)
 
 
 def check_space(trainer: Trainer) -> None:
@@ -85,7 +94,8 @@ def check_space(trainer: Trainer) -> None:
         saves = args.max_steps / args.save_steps if args.save_steps >= 1 else 1 / args.save_steps
         kept = max(1, min(args.save_total_limit or int(saves), int(saves))) + 1  # one goes once the next is whole
     present = sum(file.stat().st_size for file in folder.glob("checkpoint-*/**/*") if file.is_file())
-    needed = max(kept * size - present, 0) + sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+    needed = max(kept * size - present, 0)
+    needed += sum(num_weights(p) * p.element_size() for p in trainer.model.parameters())
     check_output_dir(folder, needed, f"{kept} checkpoints and the result")
 
 
@@ -126,6 +136,7 @@ def train(trainer: Trainer) -> dict[str, float]:
             of another run was named; the disk is too small, or full.
         SystemExit: 143 after SIGTERM, 130 after SIGINT, with a checkpoint of the last step.
     """
+    save_whole(trainer)
     seal_what_is_saved(trainer)
     resume = checkpoint_to_resume(trainer)
     resumed_step = 0
@@ -145,7 +156,8 @@ def train(trainer: Trainer) -> dict[str, float]:
     if cap is not None:
         trainer.add_callback(cap)
     started = time.monotonic()
-    with interruptions.heard():
+    readable = nullcontext() if resume is None else readable_checkpoint(trainer, resume)
+    with interruptions.heard(), readable as resume:
         result = trainer.train(resume_from_checkpoint=resume)
     steps = trainer.state.global_step
     if interruptions.stopped_by is not None:
@@ -167,7 +179,10 @@ def train(trainer: Trainer) -> dict[str, float]:
 
 def _take_over(trainer: Trainer, checkpoint: str, saved: TrainerState) -> dict[str, float]:
     """A run that was stopped after its last step but before it was published. `Trainer.train` would do a step more."""
-    trainer._load_from_checkpoint(checkpoint)
+    if is_sharded(trainer):  # its model is whole in the checkpoint, and nowhere else before `trainer.train()`
+        trainer.save_model = lambda folder: copy_model(trainer, checkpoint, folder)
+    else:
+        trainer._load_from_checkpoint(checkpoint)
     trainer.state = saved
     losses = [entry["loss"] for entry in saved.log_history if "loss" in entry]
     loss = sum(losses) / len(losses) if losses else math.nan
@@ -180,8 +195,8 @@ def measures(trainer: Trainer, seconds: float, tokens_seen: int, context_length:
     train_flops = tokens_seen * training_flops(trainer, model.config, context_length)
     rated = rated_flops_per_second() * trainer.args.world_size
     return {
-        "num_parameters": model.num_parameters(),
-        "num_trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "num_parameters": count_weights(model),
+        "num_trainable_parameters": count_weights(model, only_trainable=True),
         "hidden_size": model.config.hidden_size,
         "tokens_seen": tokens_seen,
         "tokens_per_second": tokens_seen / max(seconds, 1e-9),
