@@ -28,10 +28,11 @@ GIB = 2**30
 DISK_GB, DISK_GB_A_LAYER = 3, 1  # the two widest models, and a copy of one file
 BASE = """
 import json, sys, torch
+from pathlib import Path
 from transformers import NanoChatConfig
 from adamba.data import train_tokenizer
 from adamba.surgery.rules import empty_model, fresh_tensor, generator_for
-from adamba.surgery.streaming import SHARD_SIZE, attach
+from adamba.surgery.streaming import save
 from adamba.tasks import TASKS
 folder, layers = sys.argv[1], int(sys.argv[2])
 sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 16}
@@ -41,7 +42,7 @@ shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 class Random(dict):
     def __getitem__(self, name):
         return fresh_tensor("random", shapes[name], 0.02, torch.bfloat16, generator_for(name, 0))
-attach(model, Random(shapes)).save_pretrained(folder, max_shard_size=SHARD_SIZE)
+save(model, Random(shapes), Path(folder))
 texts = (json.dumps(TASKS["calculator"].example(seed, "train")) for seed in range(40))
 train_tokenizer(texts, 512).save_pretrained(folder)
 """
