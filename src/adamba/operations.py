@@ -117,7 +117,12 @@ def at_once(before: PreTrainedModel, config: AdambaConfig, args: SurgeryArgument
 
 
 def verify(
-    before, after, surgery: Surgery | None, args: SurgeryArguments, rows: torch.Tensor, together: Together | None = None
+    before,
+    after,
+    surgery: Surgery | None,
+    args: SurgeryArguments,
+    rows: torch.Tensor,
+    together: Together | None = None,
 ) -> dict[str, float]:
     """
     Metrics of the comparison, logged; a difference beyond the tolerance raises `SurgeryError`.

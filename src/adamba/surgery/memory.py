@@ -21,8 +21,8 @@ def return_freed_memory() -> None:
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """
-    `torch.empty` in pages of 2 MiB where the system has them. A tensor of gigabytes is written once or twice: the first
-    touch of pages of 4 KiB took ten times as long as converting bfloat16 to what they hold.
+    `torch.empty` in pages of 2 MiB where the system has them. A large tensor is written once or twice: the first touch
+    of pages of 4 KiB takes ten times as long as converting bfloat16 to what they hold.
     """
     tensor = torch.empty(shape, dtype=dtype)
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
