@@ -2,13 +2,14 @@
 Surgery at full size on a small machine: a NanoChat-d32-sized base (random weights, 32 layers of 2,048 channels, bf16)
 through phases 0, 3a and 4a of the full plan, 2,048 -> 2,560 -> 4,096 channels, 10.8 B parameters; and a slice of it.
 
-    python bench/full_size_surgery.py            (half an hour on 2 cores, 4 GiB of memory, 35 GB of disk)
+    python bench/full_size_surgery.py            (half an hour on 2 busy cores, 2 GiB of memory, 35 GB of disk)
     python bench/full_size_surgery.py --quick    (2 of the 32 layers: a minute, 5 GB of disk)
 
 Each phase is the plan's own recipe through `run_surgery.py`, which streams by itself where memory is short; what a
 phase read is deleted once it has been read. Reported: peak memory (VmHWM) above the largest single tensor (target: at
 most 4 GiB), seconds of writing against seconds of copying the written files (target: at most 3 x), and the largest
-difference of the residual stream after every layer and of the logits, in fp32.
+difference of the residual stream after every layer and of the logits, in fp32. Beside other work the clock says
+little, as copying waits for the disk and writing for a core: so CPU seconds and the load are reported too.
 """
 
 import argparse

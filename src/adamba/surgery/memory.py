@@ -31,3 +31,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         size = tensor.data_ptr() + tensor.nbytes - begin
         LIBC.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size - size % mmap.PAGESIZE), advice)
     return tensor
+
+
+def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor.to(dtype)` in the pages of `empty`."""
+    return tensor if tensor.dtype == dtype else empty(tensor.shape, dtype).copy_(tensor)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .memory import return_freed_memory
+from .memory import converted, return_freed_memory
 from .rules import Surgery, carry_generation_config, empty_model
 from .tensor_files import read_header, read_tensor, write_files
 
@@ -121,7 +121,7 @@ class Operated(Mapping[str, torch.Tensor]):
 
     @torch.no_grad()
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self.surgery.tensor(name, self.shapes[name], self.old).to(self.old.dtype).contiguous()
+        return converted(self.surgery.tensor(name, self.shapes[name], self.old), self.old.dtype).contiguous()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
