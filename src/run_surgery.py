@@ -24,11 +24,12 @@ from adamba.errors import UserError, one_line, user_errors
 from adamba.hub import HubArguments, hub_target, push_run
 from adamba.loading import ModelArguments
 from adamba.loading_streamed import load_or_open
-from adamba.operations import SurgeryArguments, check_rows, plan, sort, verify
+from adamba.operations import SurgeryArguments, at_once, check_rows, plan, sort, verify
 from adamba.publish import publish
 from adamba.recipe import parse
+from adamba.surgery.fetching import Together, attach
 from adamba.surgery.rules import apply, empty_model
-from adamba.surgery.streaming import Weights, attach, num_weight_bytes, stream
+from adamba.surgery.streaming import Weights, num_weight_bytes, stream
 from adamba.training.session import logger, peak_memory_bytes, setup_logging
 
 
@@ -46,8 +47,8 @@ def main() -> None:
     rows = check_rows(data_args, tokenizer, args)
     metrics: dict[str, Any] = {}  # filled before they are published
 
-    def finish(after) -> None:
-        metrics.update(verify(before, after, surgery, args, rows))
+    def finish(after, together: Together | None = None) -> None:
+        metrics.update(verify(before, after, surgery, args, rows, together))
         metrics.update(num_parameters=after.num_parameters(), hidden_size=after.config.hidden_size)
         metrics.update(surgery_seconds=time.monotonic() - started, peak_memory_bytes=peak_memory_bytes())
 
@@ -57,8 +58,9 @@ def main() -> None:
             begun, cpu_begun = time.monotonic(), time.process_time()
             after = stream(surgery, before, weights, folder)
             metrics.update(write_seconds=time.monotonic() - begun, write_cpu_seconds=time.process_time() - cpu_begun)
-            attach(before, weights.as_dtype(torch.float32))
-            finish(attach(empty_model(after.config), Weights(folder, torch.float32)))
+            together = at_once(before, after.config, args, rows)
+            attach(before, weights.as_dtype(torch.float32), together)
+            finish(attach(empty_model(after.config), Weights(folder, torch.float32), together), together)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

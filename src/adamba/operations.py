@@ -14,11 +14,13 @@ from adamba.errors import UserError
 from adamba.loading import check_config_keys
 from adamba.model import AdambaConfig, AdambaForCausalLM
 from adamba.surgery import check, compare, expansion, insertion, slicing, sort_by_importance
+from adamba.surgery.fetching import Together
 from adamba.surgery.rules import Surgery
 
 logger = logging.getLogger("adamba")
 
 OPERATIONS = ("insert", "expand", "slice", "sort")
+BYTES_AT_ONCE = 2**30  # logits and states of several widths
 
 
 @dataclass
@@ -101,17 +103,40 @@ class AtWidth:
         return self.model(**inputs, width=self.width)
 
 
-def verify(before, after, surgery: Surgery | None, args: SurgeryArguments, rows: torch.Tensor) -> dict[str, float]:
-    """Metrics of the comparison, logged; a difference beyond the tolerance raises `SurgeryError`."""
-    reference, widths = before, [None]
+def compared_widths(before: PreTrainedModel, args: SurgeryArguments) -> list[int | None]:
+    """Where `verify` compares: every level of a model that is made wider; `None` is the whole of it."""
+    return list(before.config.width_levels.values()) if args.operation == "expand" else [None]
+
+
+def at_once(before: PreTrainedModel, config: AdambaConfig, args: SurgeryArguments, rows: torch.Tensor) -> Together:
+    """All widths compared in one pass over the weights, if what they hold meanwhile is small; else one by one."""
+    num_widths = len(compared_widths(before, args))
+    logits = 2 * rows.numel() * config.vocab_size
+    states = 2 * rows.shape[1] * config.hidden_size * config.num_hidden_layers
+    return Together(num_widths if num_widths * 4 * (logits + states) <= BYTES_AT_ONCE else 1)
+
+
+def verify(
+    before,
+    after,
+    surgery: Surgery | None,
+    args: SurgeryArguments,
+    rows: torch.Tensor,
+    together: Together | None = None,
+) -> dict[str, float]:
+    """
+    Metrics of the comparison, logged; a difference beyond the tolerance raises `SurgeryError`.
+
+    Args:
+        together: with which `attach` was called, for models without weights.
+    """
+    reference: Any = before
     if args.operation == "slice":
         reference = AtWidth(before, after.config.attention_widths)
-    elif args.operation == "expand":
-        widths = list(before.config.width_levels.values())
     pairs = surgery.layers if surgery is not None else []
     layers = [(before.model.layers[old], after.model.layers[new]) for old, new in pairs]
     logger.info("comparing states and logits on %d x %d tokens", *rows.shape)
-    metrics = check(compare(reference, after, rows, widths, layers))
+    metrics = check(compare(reference, after, rows, compared_widths(before, args), layers, together))
     for key, value in metrics.items():
         if "_layer_" not in key:
             logger.info("  %s: %.3g", key, value)

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from adamba.model import AdambaForCausalLM
 from adamba.surgery import SurgeryError, check, compare, expansion, insertion, slicing, streaming
+from adamba.surgery.fetching import Together, attach
 from adamba.surgery.rules import Surgery, apply, empty_model
-from adamba.surgery.streaming import Weights, attach, empty_from_folder, num_weight_bytes, stream
+from adamba.surgery.streaming import Weights, empty_from_folder, num_weight_bytes, stream
 from models import BASES, dense_base, hybrid, tokens
 
 
@@ -54,20 +55,22 @@ def test_shards_hold_what_one_file_holds_and_are_verified_layer_by_layer(tmp_pat
     written = stream(surgery, before, old, tmp_path / "new")
     shards = sorted((tmp_path / "new").glob("model-*.safetensors"))
     assert len(shards) > 3 and not (tmp_path / "new/model.safetensors").exists()
-    expected = {name: t for name, t in apply(surgery, model).state_dict().items() if name != "lm_head.weight"}
-    found = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    apply(surgery, model).save_pretrained(tmp_path / "memory", max_shard_size="50KB")
+    expected = sorted(path for path in (tmp_path / "memory").iterdir() if path.is_file())
+    assert [path.name for path in expected] == sorted(path.name for path in (tmp_path / "new").iterdir())
+    for path in expected:
+        assert (tmp_path / "new" / path.name).read_bytes() == path.read_bytes(), path.name
     index = json.loads((tmp_path / "new/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_parameters"] == written.num_parameters()
     loaded, info = AdambaForCausalLM.from_pretrained(tmp_path / "new", output_loading_info=True)
     assert not info["missing_keys"] and loaded.generation_config.exit_threshold == 0.9
 
-    attach(before, old)
-    after = attach(empty_model(surgery.config), Weights(tmp_path / "new", torch.float32))
-    layers = [(before.model.layers[i], after.model.layers[j]) for i, j in surgery.layers]
     widths = list(model.config.width_levels.values())
-    metrics = check(compare(before, after, tokens(1), widths, layers))
+    together = Together(len(widths))
+    attach(before, old, together)
+    after = attach(empty_model(surgery.config), Weights(tmp_path / "new", torch.float32), together)
+    layers = [(before.model.layers[i], after.model.layers[j]) for i, j in surgery.layers]
+    metrics = check(compare(before, after, tokens(1), widths, layers, together))
     assert metrics["max_abs_logit_diff"] <= 1e-4
     assert sum(key.startswith("max_state_diff_layer_") for key in metrics) == model.config.num_hidden_layers
     expected_logits = model(tokens(1), width=widths[0]).logits

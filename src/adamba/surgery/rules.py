@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from adamba.model import AdambaConfig, AdambaForCausalLM
 from adamba.model.mamba_adamba import init_decay, init_time_steps
 
+from .memory import empty
+
 DRAWS = 2**18  # random numbers drawn at once; another value gives other numbers
 
 
@@ -77,9 +79,10 @@ def fresh_tensor(
         return init_time_steps(torch.empty(shape), generator).to(dtype)
     if fill == "one":
         return torch.ones(shape, dtype=dtype)
-    new = torch.zeros(shape, dtype=dtype)
-    if fill == "random":
-        draws = torch.empty(DRAWS)  # a piece at a time: no copy of the whole in fp32
-        for part in new.view(-1).split(DRAWS):
-            part.copy_(draws[: len(part)].normal_(0.0, std, generator=generator))
+    new = empty(shape, dtype)
+    if fill != "random":
+        return new.zero_()
+    draws = torch.empty(DRAWS)  # a piece at a time: no copy of the whole in fp32
+    for part in new.view(-1).split(DRAWS):
+        part.copy_(draws[: len(part)].normal_(0.0, std, generator=generator))
     return new

@@ -1,42 +1,25 @@
 """
 Surgery from disk to disk: weights are read, changed and written tensor by tensor, so that a model far larger than
 memory passes. The rules are those of `rules.Surgery`; the result has the same bits as in memory.
-
-A streamed model has no weights of its own: accelerate's hooks fetch each module's from a mapping when it runs, and
-`save_pretrained` fetches them shard by shard. Verification therefore runs the model's own forward, a layer at a time.
 """
 
 import copy
-import ctypes
 import json
-import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodules
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .memory import converted, return_freed_memory
 from .rules import Surgery, carry_generation_config, empty_model
+from .tensor_files import read_header, read_tensor, write_files
 
-SHARD_SIZE = "1GB"  # what a writer holds beside the tensor at work
-M_MMAP_THRESHOLD = -3  # malloc.h
-# Modules that read their children's weights without calling them: they are fetched as a whole.
-WHOLE_MODULES = ["Mamba2Mixer"]
-
-
-def return_freed_memory() -> None:
-    """
-    Let glibc give freed tensors back to the system. By itself it keeps blocks of up to 32 MB for later, and a model of
-    64 layers leaves gigabytes of holes between them. Elsewhere nothing happens.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
+SHARD_SIZE = "1GB"
 
 
 class Weights(Mapping[str, torch.Tensor]):
@@ -76,13 +59,16 @@ class Weights(Mapping[str, torch.Tensor]):
             if not (folder / shard).is_file():
                 raise ValueError(f"{folder / shard}: missing; the checkpoint is incomplete")
         self.files: dict[str, str] = names
+        self.headers: dict[Path, tuple[int, dict]] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name in self.replaced:
             return self.replaced[name].to(self.through).to(self.dtype)
-        # Opened anew for each tensor: pages of a mapped file count as this process's memory until it is closed.
-        with safe_open(self.folder / self.files[self._stored(name)], framework="pt") as file:
-            return file.get_tensor(self._stored(name)).to(self.through).to(self.dtype)
+        path = self.folder / self.files[self._stored(name)]
+        if path not in self.headers:
+            self.headers[path] = read_header(path)
+        begin, header = self.headers[path]
+        return read_tensor(path, begin, header[self._stored(name)], self.dtype, self.through)
 
     def as_dtype(self, dtype: torch.dtype) -> "Weights":
         """The same values in another type, as the verification computes with them."""
@@ -130,35 +116,18 @@ class Weights(Mapping[str, torch.Tensor]):
 class Operated(Mapping[str, torch.Tensor]):
     """The tensors of the model after a surgery, made from the old ones when they are asked for."""
 
-    def __init__(self, surgery: Surgery, old: Weights, shapes: Mapping[str, torch.Size], progress: Callable):
-        self.surgery, self.old, self.shapes, self.progress = surgery, old, shapes, progress
+    def __init__(self, surgery: Surgery, old: Weights, shapes: Mapping[str, torch.Size]):
+        self.surgery, self.old, self.shapes = surgery, old, shapes
 
     @torch.no_grad()
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = self.surgery.tensor(name, self.shapes[name], self.old).to(self.old.dtype)
-        self.progress(tensor.nbytes)
-        return tensor.contiguous()
+        return converted(self.surgery.tensor(name, self.shapes[name], self.old), self.old.dtype).contiguous()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
     def __len__(self) -> int:
         return len(self.shapes)
-
-
-def attach(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> PreTrainedModel:
-    """Let an `empty_model` fetch its weights from `weights`, each module's while it runs."""
-    return_freed_memory()
-    attach_align_device_hook(
-        model,
-        execution_device=torch.device("cpu"),
-        offload=True,
-        weights_map=weights,
-        offload_buffers=True,
-        preload_module_classes=WHOLE_MODULES,
-    )
-    model.hf_device_map = {"": "disk"}  # `save_pretrained` asks here whether to fetch
-    return model.eval()
 
 
 def empty_from_folder(folder: Path) -> PreTrainedModel:
@@ -169,11 +138,42 @@ def empty_from_folder(folder: Path) -> PreTrainedModel:
     return model
 
 
-def num_weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
-    """Size of a model's checkpoint; a tied head is stored once."""
+def stored_shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    """Name -> shape of what a model's checkpoint holds; a tied head is stored once."""
     names = {name for name, _ in model.named_parameters()}  # shared parameters are listed once
-    names |= {name for name, _ in model.named_buffers() if name in model.state_dict()}
-    return sum(t.numel() for name, t in model.state_dict().items() if name in names) * dtype.itemsize
+    names |= {name for name, _ in model.named_buffers()}
+    return {name: tensor.shape for name, tensor in model.state_dict().items() if name in names}
+
+
+def num_weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """Size of a model's checkpoint without the headers of its files."""
+    return sum(shape.numel() for shape in stored_shapes(model).values()) * dtype.itemsize
+
+
+def save(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """What `save_pretrained` writes into a folder, to the byte, of an `empty_model` with these weights."""
+    return_freed_memory()
+    model.save_pretrained(folder, state_dict={})  # all but the weights
+    state = model.state_dict()
+    shapes = stored_shapes(model)
+    pattern = SAFE_WEIGHTS_NAME.replace(".", "{suffix}.")
+    split = split_torch_state_dict_into_shards(
+        {name: state[name] for name in shapes}, filename_pattern=pattern, max_shard_size=SHARD_SIZE
+    )
+    files = {
+        folder / file: {name: shapes[name] for name in names} for file, names in split.filename_to_tensors.items()
+    }
+    with tqdm(
+        total=num_weight_bytes(model, model.dtype), unit="B", unit_scale=True, desc="surgery", mininterval=1
+    ) as bar:
+        write_files(files, model.dtype, weights.__getitem__, bar.update)
+    if split.is_sharded:
+        index = {
+            "metadata": {"total_parameters": model.num_parameters(), **split.metadata},
+            "weight_map": split.tensor_to_filename,
+        }
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
 
 
 def stream(surgery: Surgery, before: PreTrainedModel, old: Weights, folder: Path) -> PreTrainedModel:
@@ -187,18 +187,7 @@ def stream(surgery: Surgery, before: PreTrainedModel, old: Weights, folder: Path
         The new model, without weights.
     """
     after = empty_model(copy.deepcopy(surgery.config)).to(old.dtype)
+    after.tie_weights()  # the new type parted them
     carry_generation_config(before, after)
-    shapes = {name: tensor.shape for name, tensor in after.state_dict().items()}
-    size = num_weight_bytes(after, old.dtype)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="surgery", mininterval=1) as bar:
-        attach(after, Operated(surgery, old, shapes, bar.update))
-        if after.config.tie_word_embeddings:
-            after.lm_head.weight = after.model.embed_tokens.weight  # the hooks parted them
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
-            after.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())  # written, not only handed to the system: a power cut must not undo an hour
-    remove_hook_from_submodules(after)
+    save(after, Operated(surgery, old, stored_shapes(after)), folder)
     return after

@@ -1,11 +1,15 @@
 """Every surgery ends here: the same states and logits before and after, on real tokens, or nothing is saved."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
+
+from .fetching import Together
 
 TOLERANCE = 1e-4  # largest absolute logit difference in fp32 (DESIGN, section 4)
 
@@ -36,36 +40,46 @@ def compare(
     input_ids: torch.Tensor,
     widths: list[int | None],
     layers: Sequence[tuple[nn.Module, nn.Module]] = (),
+    together: Together | None = None,
 ) -> list[Comparison]:
     """
     `before` and `after` on `input_ids` (B, L), at each width; `None` calls both without a width (a dense base).
 
     Args:
         layers: pairs of layers, (of before, of after), whose outputs are compared too, on the first row.
+        together: with which `attach` was called; so many widths at a time.
     """
     comparisons = []
-    for width in widths:
-        options = {} if width is None else {"width": width}
-        with _outputs([layer for layer, _ in layers]) as first_states:
-            first = before(input_ids=input_ids, use_cache=False, **options).logits.float()
-        with _outputs([layer for _, layer in layers]) as second_states:
-            second = after(input_ids=input_ids, use_cache=False, **options).logits.float()
-        states = list(map(_compare_states, first_states, second_states))
-        comparisons.append(_compare_logits(width, first, second, input_ids, states))
+    together = together or Together()
+    for start in range(0, len(widths), together.calls):
+        group = widths[start : start + together.calls]
+        first = _run(before, [layer for layer, _ in layers], input_ids, group, together)
+        second = _run(after, [layer for _, layer in layers], input_ids, group, together)
+        for width, (one, one_states), (other, other_states) in zip(group, first, second, strict=True):
+            states = [_compare_states(*pair) for pair in zip(one_states, other_states, strict=True)]
+            comparisons.append(_compare_logits(width, one, other, input_ids, states))
     return comparisons
 
 
-@contextmanager
-def _outputs(layers: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
-    """What each layer returns for the first row, (1, L, D)."""
-    outputs: list[torch.Tensor] = []
+def _run(
+    model, layers: Sequence[nn.Module], input_ids: torch.Tensor, widths: list[int | None], together: Together
+) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+    """At each width the logits (B, L, vocab), and what each layer returns for the first row, (1, L, D)."""
+    outputs: dict[int, list[torch.Tensor]] = defaultdict(list)  # by thread: the widths may run at the same time
 
     def keep(_module, _args, output) -> None:
-        outputs.append((output[0] if isinstance(output, tuple) else output)[:1].float())
+        state = (output[0] if isinstance(output, tuple) else output)[:1]
+        outputs[threading.get_ident()].append(state.float())
+
+    @torch.no_grad()  # which holds for one thread only
+    def call(width: int | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        options = {} if width is None else {"width": width}
+        logits = model(input_ids=input_ids, use_cache=False, **options).logits.float()
+        return logits, outputs.pop(threading.get_ident(), [])
 
     hooks = [layer.register_forward_hook(keep) for layer in layers]
     try:
-        yield outputs
+        return together.run([partial(call, width) for width in widths])
     finally:
         for hook in hooks:
             hook.remove()
