@@ -44,7 +44,9 @@ class Muon(torch.optim.Muon):
             return super().step(closure)
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            parameters, gradients, momenta = [], [], []
+            parameters: list[torch.Tensor] = []
+            gradients: list[torch.Tensor] = []
+            momenta: list[torch.Tensor] = []
             self._init_group(group, parameters, gradients, momenta)
             rate, momentum = group["lr"], group["momentum"]
             for parameter, gradient, buffer in zip(parameters, gradients, momenta, strict=True):
