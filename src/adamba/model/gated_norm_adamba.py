@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
-from .scan_adamba import blocks
+from .scan_adamba import BLOCK_SIZE, blocks
 
 
 class GatedRMSNorm(MambaRMSNormGated):
@@ -20,6 +20,9 @@ class GatedRMSNorm(MambaRMSNormGated):
         """(..., channels) twice -> the same shape in `y`'s dtype; computed in fp32 or, for fp64, fp64."""
         if y.is_cuda:
             return super().forward(y, gate)
+        if not torch.is_grad_enabled() and y.numel() <= BLOCK_SIZE:  # nothing to keep, and nothing to cut
+            normed, _, _ = _normed(y, gate, self.group_size, self.variance_epsilon)
+            return normed.flatten(-2).to(y.dtype) * self.weight
         flat = (part.reshape(1, -1, part.shape[-1]) for part in (y, gate))
         return GatedNorm.apply(*flat, self.weight, self.group_size, self.variance_epsilon).view(y.shape)
 

@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from .configuration_adamba import ATTENTION_LAYERS, AdambaConfig
 from .decoding_adamba import AdaptiveGenerationMixin
 from .gates_adamba import ExitGate, Verdict, WidthRouter
-from .layers_adamba import AttentionLayer, ElasticRMSNorm
+from .layers_adamba import AttentionLayer, ElasticRMSNorm, rotations
 from .mamba_adamba import Mamba2Mixer, MambaLayer, init_decay, init_time_steps, number_documents
 
 
@@ -152,8 +152,7 @@ class AdambaModel(AdambaPreTrainedModel):
         documents = None
         if past_key_values is None and attention_mask is None:
             documents = number_documents(position_ids)
-        cos, sin = self.rotary_emb(hidden, position_ids)
-        rope = (cos, sin * self.config.rope_sign)
+        rope = rotations(*self.rotary_emb(hidden, position_ids), self.config.rope_sign)
         resolved = self.config.resolve_width(width)
         widths = iter(resolved)
         if self.embed_norm is not None:

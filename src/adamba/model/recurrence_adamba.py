@@ -21,8 +21,8 @@ def scan_step(
     dx = (x_BHP * dt_BH[..., None]).view(batch, groups, -1, head_dim, 1)
     decay = (dt_BH * a_H).exp().view(batch, groups, -1, 1, 1)
     state.mul_(decay).addcmul_(dx.to(state.dtype), b_BGN[:, :, None, None].to(state.dtype))
-    y = (state @ c_BGN[:, :, None, :, None].to(state.dtype)).view(batch, heads, head_dim)
-    return y.to(x_BHP.dtype) + x_BHP * d_H[:, None]
+    y = (state.flatten(2, 3) @ c_BGN[..., None].to(state.dtype)).view(batch, heads, head_dim)
+    return torch.addcmul(y.to(x_BHP.dtype), x_BHP, d_H[:, None])
 
 
 def scan_states(
