@@ -21,8 +21,10 @@ class GatedRMSNorm(MambaRMSNormGated):
         if y.is_cuda:
             return super().forward(y, gate)
         if not torch.is_grad_enabled() and y.numel() <= BLOCK_SIZE:  # nothing to keep, and nothing to cut
-            normed, _, _ = _normed(y, gate, self.group_size, self.variance_epsilon)
-            return normed.flatten(-2).to(y.dtype) * self.weight
+            dtype = torch.promote_types(y.dtype, torch.float32)
+            product = (y.to(dtype) * F.silu(gate.to(dtype))).unflatten(-1, (-1, self.group_size))
+            normed = F.rms_norm(product, (self.group_size,), eps=self.variance_epsilon)
+            return normed.view(y.shape).to(y.dtype) * self.weight
         flat = (part.reshape(1, -1, part.shape[-1]) for part in (y, gate))
         return GatedNorm.apply(*flat, self.weight, self.group_size, self.variance_epsilon).view(y.shape)
 

@@ -93,6 +93,7 @@ class ElasticAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.qk_norm = config.qk_norm
+        self.width_step = config.width_step  # channels that go with one key/value head
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
@@ -126,7 +127,7 @@ class ElasticAttention(nn.Module):
         self, x_BLW: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (B, K, L, P) of the heads that belong to W channels."""
-        num_kv_heads = self.config.heads_at(x_BLW.shape[-1])[1]
+        num_kv_heads = x_BLW.shape[-1] // self.width_step
         kv_size = num_kv_heads * self.head_dim
         norm = self.k_norm if self.qk_norm is not None else None
         key = self._position(self._heads(self.k_proj(x_BLW, kv_size), num_kv_heads), norm, rope)
@@ -143,7 +144,7 @@ class ElasticAttention(nn.Module):
     ) -> torch.Tensor:
         """What L queries read from keys and values, (B, L, W)."""
         width = x_BLW.shape[-1]
-        num_heads = self.config.heads_at(width)[0]
+        num_heads = width // self.width_step * self.num_key_value_groups
         norm = self.q_norm if self.qk_norm is not None else None
         query = self._position(self._heads(self.q_proj(x_BLW, num_heads * self.head_dim), num_heads), norm, rope)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -192,19 +193,20 @@ def rows_of(rope, attention_mask, rows: torch.Tensor):
 class ElasticMLP(nn.Module):
     def __init__(self, config: AdambaConfig, max_width: int):
         super().__init__()
-        self.config = config
         units = config.units_at(max_width)
+        self.intermediate_size, self.hidden_size = config.intermediate_size, config.hidden_size
+        self.gated = config.mlp_gated
         self.act = ACT2FN[config.hidden_act]
-        if config.mlp_gated:
+        if self.gated:
             self.gate_proj = ElasticLinear(max_width, units, bias=config.mlp_bias)
         self.up_proj = ElasticLinear(max_width, units, bias=config.mlp_bias)
         self.down_proj = ElasticLinear(units, max_width, bias=config.mlp_bias)
 
     def forward(self, x_BLW: torch.Tensor) -> torch.Tensor:
         width = x_BLW.shape[-1]
-        units = self.config.units_at(width)
+        units = width * self.intermediate_size // self.hidden_size
         up_BLU = self.up_proj(x_BLW, units)
-        hidden_BLU = self.act(self.gate_proj(x_BLW, units)) * up_BLU if self.config.mlp_gated else self.act(up_BLU)
+        hidden_BLU = self.act(self.gate_proj(x_BLW, units)) * up_BLU if self.gated else self.act(up_BLU)
         return self.down_proj(hidden_BLU, width)
 
 
