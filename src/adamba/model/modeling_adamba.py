@@ -6,6 +6,7 @@ AdambaForCausalLM: elastic attention layers and full-width Mamba-2 layers in tur
 """
 
 import copy
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -152,7 +153,8 @@ class AdambaModel(AdambaPreTrainedModel):
         documents = None
         if past_key_values is None and attention_mask is None:
             documents = number_documents(position_ids)
-        rope = rotations(*self.rotary_emb(hidden, position_ids), self.config.rope_sign)
+        cos, sin = self.rotary_emb(hidden, position_ids)
+        rope = rotations(cos, sin, self.config.rope_sign)
         resolved = self.config.resolve_width(width)
         widths = iter(resolved)
         if self.embed_norm is not None:
@@ -338,5 +340,8 @@ class AdambaForCausalLM(AdaptiveGenerationMixin, AdambaPreTrainedModel, Generati
             exit_hidden_states=outputs.exit_hidden_states,
         )
 
+
+# `generate` looks it up at every token of a model that brings its own code: a fiftieth of a token.
+vars(AdambaForCausalLM)["forward"].__signature__ = inspect.signature(AdambaForCausalLM.forward)
 
 __all__ = ["AdambaForCausalLM", "AdambaModel", "AdambaPreTrainedModel"]

@@ -26,7 +26,7 @@ def scan_step(
 
 
 def read(state: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """(..., X, N) and (..., N) -> (..., X), as a row times a matrix: on a CPU `state @ column` takes six times as long."""
+    """(..., X, N) and (..., N) -> (..., X), as a row times a matrix; a column takes a CPU six times as long."""
     return (c.unsqueeze(-2) @ state.transpose(-1, -2)).squeeze(-2)
 
 
