@@ -33,6 +33,7 @@ from training_step import step_flops, stepper, token_ids
 from transformers import DynamicCache
 
 from adamba.model import AdambaForCausalLM
+from adamba.model.layers_adamba import rotations
 
 PICTURE = ROOT / "docs" / "growth_cost.png"
 HIDDEN = 128
@@ -68,7 +69,7 @@ def by_length(lengths: list[int], repeats: int) -> list[dict]:
     for length in lengths:
         ids = token_ids(model.config.vocab_size, length, length)
         hidden = torch.randn(1, length, HIDDEN)
-        rope = model.model.rotary_emb(hidden, torch.arange(length)[None])
+        rope = rotations(*model.model.rotary_emb(hidden, torch.arange(length)[None]), model.config.rope_sign)
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
             model.eval()(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)

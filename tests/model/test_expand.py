@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from adamba.model.configuration_adamba import ATTENTION_LAYERS
+from adamba.model.layers_adamba import rotations
 from models import hybrid, tokens
 
 KINDS = ["full_attention", "linear_attention", "full_attention", "linear_attention", "full_attention"]
@@ -27,7 +28,7 @@ def reference(model, ids: torch.Tensor, width: int, threshold: float) -> tuple[t
     wide[:, :PROMPT] = False  # only single tokens are judged
     positions = torch.arange(ids.shape[1])[None]
     cos, sin = model.model.rotary_emb(hidden, positions)
-    rope = (cos, sin * config.rope_sign)
+    rope = rotations(cos, sin, config.rope_sign)
     masks = model.model._masks(hidden, None, positions, None, set(config.layer_types))
     layer = model.model.layers[4]
     results = [layer(hidden, w, rope, masks[config.layer_types[4]], position_ids=positions) for w in (width, full)]

@@ -99,5 +99,7 @@ def _reaches(
 
 def short_conv(window_BXW: torch.Tensor, weight_XK: torch.Tensor, bias_X: torch.Tensor) -> torch.Tensor:
     """The causal convolution, then SiLU, of the last W - K + 1 places of a short window; cheaper than `conv1d`."""
+    if window_BXW.shape[-1] == weight_XK.shape[1]:
+        return F.silu((window_BXW * weight_XK).sum(-1).add_(bias_X)).unsqueeze(-1)
     seen_BXLK = window_BXW.unfold(-1, weight_XK.shape[1], 1)
     return F.silu((seen_BXLK * weight_XK[:, None]).sum(-1) + bias_X[:, None])

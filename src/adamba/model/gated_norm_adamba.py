@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
-from .scan_adamba import blocks
+from .scan_adamba import BLOCK_SIZE, blocks
 
 
 class GatedRMSNorm(MambaRMSNormGated):
@@ -20,6 +20,11 @@ class GatedRMSNorm(MambaRMSNormGated):
         """(..., channels) twice -> the same shape in `y`'s dtype; computed in fp32 or, for fp64, fp64."""
         if y.is_cuda:
             return super().forward(y, gate)
+        if not torch.is_grad_enabled() and y.numel() <= BLOCK_SIZE:  # nothing to keep, and nothing to cut
+            dtype = torch.promote_types(y.dtype, torch.float32)
+            product = (y.to(dtype) * F.silu(gate.to(dtype))).unflatten(-1, (-1, self.group_size))
+            normed = F.rms_norm(product, (self.group_size,), eps=self.variance_epsilon)
+            return normed.view(y.shape).to(y.dtype) * self.weight
         flat = (part.reshape(1, -1, part.shape[-1]) for part in (y, gate))
         return GatedNorm.apply(*flat, self.weight, self.group_size, self.variance_epsilon).view(y.shape)
 

@@ -32,6 +32,10 @@ class ElasticRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         width = x.shape[-1]
+        if width <= self.base_width and x.dtype in (torch.float32, torch.float64) and not x.is_cuda:
+            # The same operations in one call; halves are rounded elsewhere in torch's than in Llama's.
+            weight = None if self.weight is None else first_channels(self.weight, width).to(x.dtype)
+            return F.rms_norm(x, (width,), weight, self.eps)
         x_float = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         # A slice that is all would cost a copy in the backward pass.
         known = x_float if width <= self.base_width else x_float[..., : self.base_width]
@@ -68,9 +72,16 @@ def first_channels(hidden: torch.Tensor, width: int) -> torch.Tensor:
     return hidden if width == hidden.shape[-1] else hidden[..., :width]
 
 
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
+def rotations(cos_BLP: torch.Tensor, sin_BLP: torch.Tensor, sign: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `rotate` takes, (B, 1, L, P): the sine has the minus of the first half, once for all layers."""
+    first, second = (sin_BLP * sign).chunk(2, dim=-1)
+    return cos_BLP.unsqueeze(1), torch.cat((-first, second), dim=-1).unsqueeze(1)
+
+
+def rotate(x_BHLP: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotary embedding (Su et al., 2021) of channel pairs that are half a head apart, as in Llama."""
+    cos, signed_sin = rope
+    return torch.addcmul(x_BHLP * cos, x_BHLP.roll(x_BHLP.shape[-1] // 2, -1), signed_sin)
 
 
 class ElasticAttention(nn.Module):
@@ -81,6 +92,8 @@ class ElasticAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
+        self.qk_norm = config.qk_norm
+        self.width_step = config.width_step  # channels that go with one key/value head
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
@@ -93,7 +106,7 @@ class ElasticAttention(nn.Module):
         self.k_proj = ElasticLinear(max_width, kv_size, bias=config.attention_bias)
         self.v_proj = ElasticLinear(max_width, kv_size, bias=config.attention_bias)
         self.o_proj = ElasticLinear(query_size, max_width, bias=config.attention_output_bias)
-        if config.qk_norm is not None:
+        if self.qk_norm is not None:
             norm_args = (self.head_dim, self.head_dim, config.rms_norm_eps, config.norm_gain)
             self.q_norm = ElasticRMSNorm(*norm_args)
             self.k_norm = ElasticRMSNorm(*norm_args)
@@ -102,12 +115,11 @@ class ElasticAttention(nn.Module):
         return x_BLX.view(*x_BLX.shape[:-1], num_heads, self.head_dim).transpose(1, 2)
 
     def _position(self, x_BHLP: torch.Tensor, norm: nn.Module | None, rope: tuple[torch.Tensor, torch.Tensor]):
-        if norm is not None and self.config.qk_norm == "before_rope":
+        if norm is not None and self.qk_norm == "before_rope":
             x_BHLP = norm(x_BHLP)
         if self.use_rope:
-            cos, sin = rope
-            x_BHLP = x_BHLP * cos.unsqueeze(1) + rotate_half(x_BHLP) * sin.unsqueeze(1)
-        if norm is not None and self.config.qk_norm == "after_rope":
+            x_BHLP = rotate(x_BHLP, rope)
+        if norm is not None and self.qk_norm == "after_rope":
             x_BHLP = norm(x_BHLP)
         return x_BHLP
 
@@ -115,9 +127,9 @@ class ElasticAttention(nn.Module):
         self, x_BLW: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (B, K, L, P) of the heads that belong to W channels."""
-        num_kv_heads = self.config.heads_at(x_BLW.shape[-1])[1]
+        num_kv_heads = x_BLW.shape[-1] // self.width_step
         kv_size = num_kv_heads * self.head_dim
-        norm = self.k_norm if self.config.qk_norm is not None else None
+        norm = self.k_norm if self.qk_norm is not None else None
         key = self._position(self._heads(self.k_proj(x_BLW, kv_size), num_kv_heads), norm, rope)
         return key, self._heads(self.v_proj(x_BLW, kv_size), num_kv_heads)
 
@@ -132,8 +144,8 @@ class ElasticAttention(nn.Module):
     ) -> torch.Tensor:
         """What L queries read from keys and values, (B, L, W)."""
         width = x_BLW.shape[-1]
-        num_heads = self.config.heads_at(width)[0]
-        norm = self.q_norm if self.config.qk_norm is not None else None
+        num_heads = width // self.width_step * self.num_key_value_groups
+        norm = self.q_norm if self.qk_norm is not None else None
         query = self._position(self._heads(self.q_proj(x_BLW, num_heads * self.head_dim), num_heads), norm, rope)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         out_BLHP, _ = attend(
@@ -163,7 +175,7 @@ class ElasticAttention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         if num_live is not None:
-            x_BLW, rope = x_BLW[:, -num_live:], tuple(part[:, -num_live:] for part in rope)
+            x_BLW, rope = x_BLW[:, -num_live:], tuple(part[:, :, -num_live:] for part in rope)
         if active is not None:
             x_BLW, key, value = x_BLW[active], key[active], value[active]
             rope, attention_mask = rows_of(rope, attention_mask, active)
@@ -181,19 +193,20 @@ def rows_of(rope, attention_mask, rows: torch.Tensor):
 class ElasticMLP(nn.Module):
     def __init__(self, config: AdambaConfig, max_width: int):
         super().__init__()
-        self.config = config
         units = config.units_at(max_width)
+        self.intermediate_size, self.hidden_size = config.intermediate_size, config.hidden_size
+        self.gated = config.mlp_gated
         self.act = ACT2FN[config.hidden_act]
-        if config.mlp_gated:
+        if self.gated:
             self.gate_proj = ElasticLinear(max_width, units, bias=config.mlp_bias)
         self.up_proj = ElasticLinear(max_width, units, bias=config.mlp_bias)
         self.down_proj = ElasticLinear(units, max_width, bias=config.mlp_bias)
 
     def forward(self, x_BLW: torch.Tensor) -> torch.Tensor:
         width = x_BLW.shape[-1]
-        units = self.config.units_at(width)
+        units = width * self.intermediate_size // self.hidden_size
         up_BLU = self.up_proj(x_BLW, units)
-        hidden_BLU = self.act(self.gate_proj(x_BLW, units)) * up_BLU if self.config.mlp_gated else self.act(up_BLU)
+        hidden_BLU = self.act(self.gate_proj(x_BLW, units)) * up_BLU if self.gated else self.act(up_BLU)
         return self.down_proj(hidden_BLU, width)
 
 

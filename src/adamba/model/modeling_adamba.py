@@ -6,6 +6,7 @@ AdambaForCausalLM: elastic attention layers and full-width Mamba-2 layers in tur
 """
 
 import copy
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from .configuration_adamba import ATTENTION_LAYERS, AdambaConfig
 from .decoding_adamba import AdaptiveGenerationMixin
 from .gates_adamba import ExitGate, Verdict, WidthRouter
-from .layers_adamba import AttentionLayer, ElasticRMSNorm
+from .layers_adamba import AttentionLayer, ElasticRMSNorm, rotations
 from .mamba_adamba import Mamba2Mixer, MambaLayer, init_decay, init_time_steps, number_documents
 
 
@@ -153,7 +154,7 @@ class AdambaModel(AdambaPreTrainedModel):
         if past_key_values is None and attention_mask is None:
             documents = number_documents(position_ids)
         cos, sin = self.rotary_emb(hidden, position_ids)
-        rope = (cos, sin * self.config.rope_sign)
+        rope = rotations(cos, sin, self.config.rope_sign)
         resolved = self.config.resolve_width(width)
         widths = iter(resolved)
         if self.embed_norm is not None:
@@ -339,5 +340,8 @@ class AdambaForCausalLM(AdaptiveGenerationMixin, AdambaPreTrainedModel, Generati
             exit_hidden_states=outputs.exit_hidden_states,
         )
 
+
+# `generate` looks it up at every token of a model that brings its own code: a fiftieth of a token.
+vars(AdambaForCausalLM)["forward"].__signature__ = inspect.signature(AdambaForCausalLM.forward)
 
 __all__ = ["AdambaForCausalLM", "AdambaModel", "AdambaPreTrainedModel"]

@@ -4,8 +4,8 @@ The Mamba-2 recurrence in plain torch, for machines without kernels: fast, lean,
 For each head with state S (P x N), step t:   S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T,   y_t = S_t C_t + D x_t
 
 Computed in chunks (Dao & Gu, 2024, section 6): inside a chunk as masked attention, between chunks as a recurrence of
-states. Decay matrices are made per head, but scores C B^T once per *group*; transformers' fallback repeats B and C for
-each head first.
+states. Decay matrices are made per head, but scores C B^T once per *group*, and what a group's heads write to and read
+from their states is one product; transformers' fallback repeats B and C for each head first.
 
 The backward pass is written out: it makes the decay matrices again instead of keeping them, and a decay's gradient is
 row sums minus column sums, so training needs neither the memory nor half of autograd's passes over them.
@@ -76,7 +76,11 @@ def blocks(tensor: torch.Tensor, size: int, numbers: int) -> Iterator[tuple[slic
 
 
 class Chunks:
-    """What both passes need of a block: inputs in chunks (B, C, G, J, Q, ...), decays and scores."""
+    """
+    What both passes need of a block. Inside a chunk each head has a matrix of its own: (B, C, G, J, Q, ...). Between
+    chunks a group's heads share B and C, and their channels stand side by side: (B, C, G, Q, J P). Both are views or
+    copies of what tokens are in: (B, C, Q, G, J, P).
+    """
 
     def __init__(self, x, dt, a_H, b, c, size: int, document: torch.Tensor | None, block: tuple[slice, slice]):
         rows, tokens = block
@@ -84,41 +88,46 @@ class Chunks:
         batch, length, heads, head_dim = x.shape
         groups, states = b.shape[2:]
         split = (batch, length // size, size, groups)
-        per_group = heads // groups
-        self.split = (*split, per_group)
-        self.dx = (x * dt[..., None]).view(*self.split, head_dim).permute(0, 1, 3, 4, 2, 5).contiguous()
+        self.split = (*split, heads // groups, head_dim)
+        self.x, self.dt = x.view(self.split), dt.view(self.split[:-1])
+        self.dx = self.x * self.dt[..., None]
         self.b = b.reshape(*split, states).transpose(2, 3).contiguous()
         self.c = c.reshape(*split, states).transpose(2, 3).contiguous()
-        decay = (dt * a_H).view(self.split).permute(0, 1, 3, 4, 2).cumsum(-1)
-        hidden = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
+        decay = (dt * a_H).view(self.split[:-1]).permute(0, 1, 3, 4, 2).cumsum(-1)
+        # Nobody sees what comes later, where the decay would be above 1 and could overflow.
+        self.weights = (decay[..., :, None] - decay[..., None, :]).clamp_(max=0.0).exp_()
+        self.other_document = None
+        to_end, from_start = (decay[..., -1:] - decay).exp_(), decay.exp_()
         if document is not None:
             came_in = document[rows, max(tokens.start - 1, 0), None]
             document = document[rows, tokens].reshape(batch, -1, size)
-            hidden = (hidden | (document[..., :, None] != document[..., None, :]))[:, :, None, None]
-        between = decay[..., :, None] - decay[..., None, :]
-        self.weights = between.masked_fill_(hidden, float("-inf")).exp_()
-        self.scores = (self.c @ self.b.transpose(-1, -2))[:, :, :, None] * self.weights
-        self.to_end = (decay[..., -1:] - decay).exp_()
-        self.from_start = decay.exp_()
-        if document is not None:
+            self.other_document = (document[..., :, None] != document[..., None, :])[:, :, None]
             last = document[..., -1]
             before = torch.cat((came_in, last[:, :-1]), dim=1)
-            self.to_end *= (document == last[..., None])[:, :, None, None]  # reaches the end of the chunk
-            self.from_start *= (document == before[..., None])[:, :, None, None]  # still what came in
+            to_end *= (document == last[..., None])[:, :, None, None]  # reaches the end of the chunk
+            from_start *= (document == before[..., None])[:, :, None, None]  # still what came in
+        self.scores = self.visible(self.c @ self.b.transpose(-1, -2))[:, :, :, None] * self.weights
+        self.kept = from_start[..., -1, None, None]
+        self.to_end, self.from_start = (part.permute(0, 1, 4, 2, 3)[..., None] for part in (to_end, from_start))
+
+    def visible(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (B, C, G, Q, Q) in place: zero for later tokens and for other documents."""
+        scores = scores.tril_()
+        return scores if self.other_document is None else scores.masked_fill_(self.other_document, 0.0)
 
     def heads(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(B, L, H, P) -> (B, C, G, J, Q, P)"""
-        return tensor.reshape(*self.split, tensor.shape[-1]).permute(0, 1, 3, 4, 2, 5).contiguous()
+        """(B, C, Q, G, J, P) -> (B, C, G, J, Q, P)"""
+        return tensor.permute(0, 1, 3, 4, 2, 5).contiguous()
+
+    def groups(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(B, C, Q, G, J, P) -> (B, C, G, Q, J P)"""
+        return tensor.flatten(4).transpose(2, 3).contiguous()
 
     def tokens(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(B, C, G, J, Q, ...) -> (B, L, H, ...)"""
-        rows, chunks, size, groups, per_group = self.split
-        order = (0, 1, 4, 2, 3, *range(5, tensor.ndim))
-        return tensor.permute(order).reshape(rows, chunks * size, groups * per_group, *tensor.shape[5:])
-
-    def group_tokens(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(B, C, G, Q, N) -> (B, L, G, N)"""
-        return tensor.transpose(2, 3).flatten(1, 2)
+        """From either of both: -> (B, C, Q, G, J, P), a view"""
+        if tensor.ndim == 6:
+            return tensor.permute(0, 1, 4, 2, 3, 5)
+        return tensor.transpose(2, 3).unflatten(-1, self.split[-2:])
 
 
 class ChunkScan(torch.autograd.Function):
@@ -137,18 +146,17 @@ class ChunkScan(torch.autograd.Function):
             rows, tokens = block
             chunks = slice(tokens.start // size, tokens.stop // size)
             part = Chunks(x, dt, a_H, b, c, size, document, block)
-            out = part.scores @ part.dx
             # Between chunks: what each chunk adds to the state, and how much of the incoming state it leaves.
-            added = (part.dx * part.to_end[..., None]).transpose(-1, -2) @ part.b[:, :, :, None]
-            kept = part.from_start[..., -1, None, None]
+            added = (part.groups(part.dx * part.to_end).transpose(-1, -2) @ part.b).unflatten(3, state_shape[1:3])
             state = last_state[rows]
             for chunk in range(added.shape[1]):
                 incoming[rows, chunks.start + chunk] = state
-                state = torch.addcmul(added[:, chunk], state, kept[:, chunk])
+                state = torch.addcmul(added[:, chunk], state, part.kept[:, chunk])
             last_state[rows] = state
-            carried = part.c[:, :, :, None] @ incoming[rows, chunks].transpose(-1, -2)
-            out.addcmul_(carried, part.from_start[..., None])
-            torch.addcmul(part.tokens(out), x[rows, tokens], d_H[:, None], out=y[rows, tokens])
+            carried = part.c @ incoming[rows, chunks].flatten(3, 4).transpose(-1, -2)
+            out = torch.mul(part.x, d_H.view(groups, -1, 1), out=y[block].view(part.split))
+            out.addcmul_(part.tokens(carried), part.from_start)
+            out += part.tokens(part.scores @ part.heads(part.dx))
         ctx.save_for_backward(x, dt, a_H, b, c, d_H, incoming, document)
         ctx.size, ctx.has_state = size, initial_state is not None
         return y, last_state.view(batch, heads, head_dim, states)
@@ -160,47 +168,50 @@ class ChunkScan(torch.autograd.Function):
         grad_x, grad_dt, grad_b, grad_c = (
             torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, b, c)
         )
-        grad_a, grad_d = torch.zeros_like(a_H), torch.zeros_like(d_H)
+        per_group = incoming.shape[2:4]
+        a, d = (tensor.view(per_group) for tensor in (a_H, d_H))
+        grad_a, grad_d = torch.zeros_like(a), torch.zeros_like(d)
         grad_state = grad_last.reshape(incoming[:, 0].shape).clone()
         for block in reversed([*blocks(x, ctx.size, x.shape[2] * ctx.size**2)]):
             rows, tokens = block
             part = Chunks(x, dt, a_H, b, c, ctx.size, document, block)
             before = incoming[rows, tokens.start // ctx.size : tokens.stop // ctx.size]
-            out = part.heads(grad_y[block])
-            grad_d += (grad_y[block] * x[block]).sum((0, 1, 3))
+            to_y = grad_y[block].view(part.split)
+            grad_d += (to_y * part.x).sum((0, 1, 2, 5))
 
             # Between chunks, backwards: what reached y from the incoming states, then the states' recurrence.
-            from_start = (out * (part.c[:, :, :, None] @ before.transpose(-1, -2))).sum(-1)
-            carried = out * part.from_start[..., None]
-            to_c = (carried @ before).sum(3)
-            to_incoming = carried.transpose(-1, -2) @ part.c[:, :, :, None]
+            weighted = to_y * part.from_start
+            read = part.tokens(part.c @ before.flatten(3, 4).transpose(-1, -2))
+            from_start = (weighted * read).sum(-1)
+            weighted = part.groups(weighted)
+            to_c = weighted @ before.flatten(3, 4)
+            to_incoming = (weighted.transpose(-1, -2) @ part.c).unflatten(3, before.shape[3:5])
             state = grad_state[rows]
             added = torch.empty_like(before)
             for chunk in reversed(range(added.shape[1])):
                 added[:, chunk] = state
-                state = torch.addcmul(to_incoming[:, chunk], state, part.from_start[:, chunk, ..., -1, None, None])
+                state = torch.addcmul(to_incoming[:, chunk], state, part.kept[:, chunk])
             grad_state[rows] = state
-            from_start[..., -1] += (added * before).sum((-1, -2))
-            from_start *= part.from_start
-            to_b = ((part.dx * part.to_end[..., None]) @ added).sum(3)
-            written = part.b[:, :, :, None] @ added.transpose(-1, -2)
-            to_end = (written * part.dx).sum(-1) * part.to_end
+            from_start[:, :, -1] += (added * before).sum((-1, -2)) * part.from_start[:, :, -1, ..., 0]
+            to_b = part.groups(part.dx * part.to_end) @ added.flatten(3, 4)
+            to_dx = part.tokens(part.b @ added.flatten(3, 4).transpose(-1, -2)) * part.to_end
+            to_end = (to_dx * part.dx).sum(-1)
 
             # Inside a chunk.
-            to_dx = (part.scores.transpose(-1, -2) @ out).addcmul_(written, part.to_end[..., None])
-            to_scores = out @ part.dx.transpose(-1, -2)
-            to_products = (to_scores * part.weights).sum(3)
+            out, dx = part.heads(to_y), part.heads(part.dx)
+            to_dx += part.tokens(part.scores.transpose(-1, -2) @ out)
+            to_scores = out @ dx.transpose(-1, -2)
+            to_products = part.visible((to_scores * part.weights).sum(3))
             to_c += to_products @ part.b
             to_b += to_products.transpose(-1, -2) @ part.c
             to_decay = to_scores.mul_(part.scores)
-            decay = to_decay.sum(-1) - to_decay.sum(-2) + from_start - to_end
-            decay[..., -1] += to_end.sum(-1)
+            decay = (to_decay.sum(-1) - to_decay.sum(-2)).permute(0, 1, 4, 2, 3) + from_start - to_end
+            decay[:, :, -1] += to_end.sum(2)
 
-            step = part.tokens(decay.flip(-1).cumsum(-1).flip(-1))
-            to_dx = part.tokens(to_dx)
-            grad_x[block] = (grad_y[block] * d_H[:, None]).addcmul_(to_dx, dt[block][..., None])
-            grad_dt[block] = (to_dx * x[block]).sum(-1).addcmul_(step, a_H)
-            grad_a += (step * dt[block]).sum((0, 1))
-            grad_b[block], grad_c[block] = part.group_tokens(to_b), part.group_tokens(to_c)
+            step = decay.flip(2).cumsum(2).flip(2)
+            torch.mul(to_y, d[..., None], out=grad_x[block].view(part.split)).addcmul_(to_dx, part.dt[..., None])
+            grad_dt[block] = (to_dx * part.x).sum(-1).addcmul_(step, a).flatten(1, 2).flatten(2)
+            grad_a += (step * part.dt).sum((0, 1, 2))
+            grad_b[block], grad_c[block] = (part.transpose(2, 3).flatten(1, 2) for part in (to_b, to_c))
         grad_initial = grad_state.flatten(1, 2) if ctx.has_state else None
-        return grad_x, grad_dt, grad_a, grad_b, grad_c, grad_d, None, grad_initial, None
+        return grad_x, grad_dt, grad_a.flatten(), grad_b, grad_c, grad_d.flatten(), None, grad_initial, None

@@ -8,6 +8,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .configuration_adamba import ATTENTION_LAYERS
+from .layers_adamba import rotations
 
 ROPE_AHEAD = 64  # rotations are computed for so many places at once
 
@@ -61,13 +62,13 @@ class SingleRow:
     def rope(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotations of the tokens at places `start` to `end`."""
         first, last = start - self.num_padding, end - self.num_padding
-        stop = 0 if self.rope_table is None else self.rope_start + self.rope_table[0].shape[1]
+        stop = 0 if self.rope_table is None else self.rope_start + self.rope_table[0].shape[2]
         if self.rope_table is None or not self.rope_start <= first or last > stop or not self.rope_ahead:
             positions = torch.arange(first, last + self.rope_ahead, device=self.input_ids.device)[None]
             cos, sin = self.decoder.rotary_emb(self.decoder.embed_tokens.weight, positions)
-            self.rope_start, self.rope_table = first, (cos, sin * self.config.rope_sign)
+            self.rope_start, self.rope_table = first, rotations(cos, sin, self.config.rope_sign)
         first, last = first - self.rope_start, last - self.rope_start
-        return self.rope_table[0][:, first:last], self.rope_table[1][:, first:last]
+        return self.rope_table[0][:, :, first:last], self.rope_table[1][:, :, first:last]
 
     def run(self, hidden: torch.Tensor, start: int, layers: range, num_live: int | None = None) -> torch.Tensor:
         """
