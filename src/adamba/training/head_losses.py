@@ -8,11 +8,14 @@ computed again in the backward pass: one product more, and never more than a chu
 Shape legend: B rows, L tokens, T tokens with a label, D hidden channels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -20,6 +23,8 @@ from adamba.model import AdambaForCausalLM
 
 IGNORED = -100
 LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32
+
+Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -54,10 +59,40 @@ def head_losses(
         target: of the same labels; the divergence is from its distribution, which gets no gradient.
     """
     counted = labels_BL[:, 1:] != IGNORED
-    states_TD, labels_T = model.model.norm(hidden_BLD[:, :-1][counted]), labels_BL[:, 1:][counted]
-    targets_TD = None if target is None else target.states.detach()
+    states_TD = model.model.norm(hidden_BLD[:, :-1][counted])
     size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    run = partial(_of_chunk, model)
+    return _in_chunks(model.head, states_TD, labels_BL[:, 1:], counted, target, size)
+
+
+def run_to_head(model, plain: AdambaForCausalLM, inputs: dict, labels, exit_layers=(), target=None, **options):
+    """
+    One pass that stops before the head: what the head says (`HeadLosses`), and the model's output, whose
+    `exit_hidden_states` are those of `exit_layers` and of the last layer. `model` may be a wrapper of `plain`.
+
+    FSDP gathers the head's weight for the model's own forward only, so there all logits are made, by the model.
+    """
+    layers = [*exit_layers, plain.config.num_hidden_layers - 1]
+    whole = isinstance(plain, FSDPModule)
+    options |= {"use_cache": False, "exit_hidden_layers": layers, "logits_to_keep": 0 if whole else 1}
+    output = model(**inputs, **options)
+    if not whole:
+        return head_losses(plain, output.exit_hidden_states[-1], labels, target), output
+    counted = labels[:, 1:] != IGNORED
+    logits_TV = output.logits[:, :-1][counted]
+    return _in_chunks(nn.Identity(), logits_TV, labels[:, 1:], counted, target, size=max(1, len(logits_TV))), output
+
+
+def next_token_losses(model, plain: PreTrainedModel, inputs: dict, labels, **options) -> torch.Tensor:
+    """Next-token cross entropy (B, L - 1) of one pass; from logits where the model is not ours (a dense base)."""
+    if isinstance(plain, AdambaForCausalLM):
+        return run_to_head(model, plain, inputs, labels, **options)[0].losses
+    return token_losses(model(**inputs, use_cache=False, **options).logits, labels)
+
+
+def _in_chunks(head: Head, states_TD, labels, counted, target: HeadLosses | None, size: int) -> HeadLosses:
+    """`size` tokens at a time; `labels` and `counted` are (B, L - 1)."""
+    labels_T, targets_TD = labels[counted], None if target is None else target.states.detach()
+    run = partial(_of_chunk, head)
     if len(states_TD) > size:
         run = partial(checkpoint, run, use_reentrant=False)
     starts = range(0, max(len(states_TD), 1), size)  # without a label too, so that every rank runs the head
@@ -74,29 +109,12 @@ def head_losses(
     )
 
 
-def run_to_head(model, plain: AdambaForCausalLM, inputs: dict, labels, exit_layers=(), target=None, **options):
-    """
-    One pass that stops before the head: what the head says (`HeadLosses`), and the model's output, whose
-    `exit_hidden_states` are those of `exit_layers` and of the last layer. `model` may be a wrapper of `plain`.
-    """
-    layers = [*exit_layers, plain.config.num_hidden_layers - 1]
-    output = model(**inputs, use_cache=False, logits_to_keep=1, exit_hidden_layers=layers, **options)
-    return head_losses(plain, output.exit_hidden_states[-1], labels, target), output
-
-
-def next_token_losses(model, plain: PreTrainedModel, inputs: dict, labels, **options) -> torch.Tensor:
-    """Next-token cross entropy (B, L - 1) of one pass; from logits where the model is not ours (a dense base)."""
-    if isinstance(plain, AdambaForCausalLM):
-        return run_to_head(model, plain, inputs, labels, **options)[0].losses
-    return token_losses(model(**inputs, use_cache=False, **options).logits, labels)
-
-
-def _of_chunk(model, states_TD, labels_T, targets_TD) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    log_probabilities = model.head(states_TD).float().log_softmax(-1)
+def _of_chunk(head: Head, states_TD, labels_T, targets_TD) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    log_probabilities = head(states_TD).float().log_softmax(-1)
     losses = F.nll_loss(log_probabilities, labels_T, reduction="none")
     divergence = losses.new_zeros(())
     if targets_TD is not None:
         with torch.no_grad():
-            target = model.head(targets_TD).float().log_softmax(-1)
+            target = head(targets_TD).float().log_softmax(-1)
         divergence = F.kl_div(log_probabilities, target, reduction="sum", log_target=True)
     return losses, log_probabilities.argmax(-1), divergence
