@@ -154,8 +154,9 @@ def elastic_flops_per_token(
 ) -> float:
     """
     Forward and backward FLOPs a token of an elastic step (`adamba.training.elastic`), the mean over its draws: the
-    full width when `distill`, the sampled ones, an exit's head each, gates with every pass, the router with narrow
-    ones.
+    full width when `distill`, the sampled ones, an exit's head each, gates with every pass, the router and the full
+    width's head once more with narrow ones. Logits that a large vocabulary makes again in the backward pass are left
+    out, as activation checkpointing is.
     """
     names = list(config.width_levels)
     weights = [width_weights.get(name, 0.0) if width_weights else rank + 1.0 for rank, name in enumerate(names)]
@@ -174,7 +175,8 @@ def elastic_flops_per_token(
     num_narrow = sum(times) - times[full]
     whole = one_pass(full) * (1.0 if distill else 1.0 - num_narrow)
     exits = TRAINING_FACTOR * min(num_sampled_exits, len(config.gate_layers)) * head_flops(config)
-    return whole + narrow + exits + (2 * num_narrow * router_flops(config) if distill else 0.0)
+    taught = 2 * router_flops(config) + head_flops(config)
+    return whole + narrow + exits + (num_narrow * taught if distill else 0.0)
 
 
 def sampling_counts(weights: Sequence[float], num_draws: int) -> list[float]:
