@@ -10,19 +10,26 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from adamba.recipe_file import launcher  # noqa: E402
+
 WORK = ROOT / "checkpoints" / "bench"
 RESULTS = ROOT / "bench" / "results"
 
 
 def command(script: str, *arguments: object) -> None:
-    """Run one of `src/run_*.py` in this environment; its output goes to the terminal.
+    """
+    Run one of `src/run_*.py` in this environment, in as many processes as its recipe says (a step has rows from each);
+    its output goes to the terminal.
 
     Raises:
         subprocess.CalledProcessError: it failed.
     """
-    words = [sys.executable, f"src/{script}", *map(str, arguments)]
-    print("$", "python", *words[1:], flush=True)
-    subprocess.run(words, cwd=ROOT, check=True)
+    is_recipe = bool(arguments) and str(arguments[0]).endswith(".yaml")
+    words = [*(launcher(ROOT / str(arguments[0])) if is_recipe else ["python"]), f"src/{script}", *map(str, arguments)]
+    print("$", *words, flush=True)
+    subprocess.run([str(Path(sys.executable).with_name(words[0])), *words[1:]], cwd=ROOT, check=True)
 
 
 def metrics_of(checkpoint: str | Path) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""The norm that makes expansions exact: to the last bit where nothing is rounded twice."""
+"""Norm and rotation: what the base computes to the last bit, so that insertions and expansions change no logit."""
 
 import pytest
 import torch
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from adamba.model.layers_adamba import ElasticRMSNorm
+from adamba.model.layers_adamba import ElasticRMSNorm, rotate, rotations
 
 BASE = 64
 
@@ -21,6 +22,16 @@ def test_at_the_first_width_it_is_the_base_models_norm_bit_for_bit(dtype: torch.
         ours.weight.copy_(theirs.weight)
     x = rows(BASE).to(dtype)
     assert torch.equal(ours.to(dtype)(x), theirs.to(dtype)(x))
+
+
+def test_rotations_are_llamas_bit_for_bit() -> None:
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4)
+    x = torch.randn(2, 4, 300, 16, generator=torch.Generator().manual_seed(0))
+    cos, sin = LlamaRotaryEmbedding(config)(x, torch.arange(300)[None])
+    theirs, _ = apply_rotary_pos_emb(x, x, cos, sin)
+    assert torch.equal(rotate(x, rotations(cos, sin, 1)), theirs)
+    theirs, _ = apply_rotary_pos_emb(x, x, cos, -sin)  # NanoChat turns the other way
+    assert torch.equal(rotate(x, rotations(cos, sin, -1)), theirs)
 
 
 @pytest.mark.parametrize(("width", "wider"), [(64, 80), (80, 128), (96, 1000), (64, 2560)])
