@@ -44,7 +44,7 @@ def evaluate(checkpoint: str | Path, *arguments: object) -> dict[str, Any]:
 
 
 def write_results(name: str, rows: list[dict[str, Any]], started: float, **facts: Any) -> None:
-    """`bench/results/<name>.json` with the hardware, the date and the versions; and the rows on the terminal."""
+    """`bench/results/<name>.json` with hardware, date and versions (of `--quick`: beside the bench's checkpoints)."""
     import torch
     import transformers
 
@@ -59,8 +59,10 @@ def write_results(name: str, rows: list[dict[str, Any]], started: float, **facts
         **facts,
         "rows": rows,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    # What `--quick` gives is no measurement, and must not take the place of one.
+    folder = WORK if "--quick" in sys.argv else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for row in rows:
         print(
