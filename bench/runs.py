@@ -9,11 +9,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from adamba.recipe_file import launcher
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
-
-from adamba.recipe_file import launcher  # noqa: E402
-
 WORK = ROOT / "checkpoints" / "bench"
 RESULTS = ROOT / "bench" / "results"
 
