@@ -113,7 +113,8 @@ def shared_blocks(
     places, (in the smaller model, in the larger one), of what both have.
     """
     role, layer = role_of(name), layer_of(name)
-    shape, blocks = list(shape), []
+    shape = list(shape)
+    blocks: list[list[tuple[slice, slice]]] = []
     if role.axes == ("fixed",):  # of any number of dimensions
         return shape, blocks
     for dim, axis in enumerate(role.axes):

@@ -68,9 +68,7 @@ def seed_for(name: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
 
 
-def fresh_tensor(
-    fill: str, shape: torch.Size | list[int], std: float, dtype: torch.dtype, seed: int
-) -> torch.Tensor:
+def fresh_tensor(fill: str, shape: torch.Size | list[int], std: float, dtype: torch.dtype, seed: int) -> torch.Tensor:
     """Values for entries that the old model did not have: `axes.PARAMETER_ROLES` names the fill of each parameter."""
     if fill == "decay":
         return init_decay(torch.empty(shape)).to(dtype)
