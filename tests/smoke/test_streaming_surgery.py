@@ -131,21 +131,21 @@ def test_a_killed_surgery_goes_on_to_the_same_bits(run, tmp_path: Path, monkeypa
         return sorted((tmp_path / "out.surgery").glob("*/*.safetensors"))
 
     run("whole", **keys)
-    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("model*")}
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*.safetensors*")}
     left = kill_after_three_files()
     assert [path.name for path in left] == sorted(whole)[:3] and len(whole) > 5
     left[0].write_bytes(left[0].read_bytes()[:-7])
     kept = left[1].stat().st_ino
     run("out", **keys)
     assert f"continuing: 2 of {len(whole) - 1} files are there" in caplog.text
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("model*")} == whole
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors*")} == whole
     assert (tmp_path / "out" / left[1].name).stat().st_ino == kept and not (tmp_path / "out.surgery").exists()
 
     kill_after_three_files(seed=1)
     caplog.clear()
     run("out", **keys)
     assert "discarding out.surgery/" in caplog.text and "continuing" not in caplog.text
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("model*")} == whole
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors*")} == whole
 
 
 def test_what_cannot_be_streamed_is_one_line(refused, tmp_path: Path, monkeypatch) -> None:

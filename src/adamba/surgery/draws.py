@@ -14,7 +14,7 @@ THREADS = os.cpu_count() or 1  # of one tensor; the numbers do not depend on it
 @cache
 def normal_values() -> torch.Tensor:
     """
-    The standard normal law as 65,536 equally likely values, in order: the quantiles in the middle of each share, scaled
+    The standard normal law as 65,536 equally likely values: the quantiles in the middle of each share, scaled
     to variance 1. No value is beyond 4.3, and below 4 they lie closer than bfloat16 can tell apart, but around 0.
     """
     values = torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16)

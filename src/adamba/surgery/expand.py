@@ -91,7 +91,7 @@ def expand_tensor(name: str, old: torch.Tensor, config: AdambaConfig, wide: Adam
 
 
 def _new_parts(shape: Sequence[int], old: Sequence[Sequence[slice]]) -> Iterator[tuple[slice, ...]]:
-    """The parts of a tensor of this shape that lie outside of the blocks that start and end with `old`, by dimension."""
+    """The parts of a tensor of this shape that are in none of the old blocks, whose places are given by dimension."""
     if not shape:
         return
     ends = [0, *(place.stop for place in old[0])]

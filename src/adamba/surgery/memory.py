@@ -31,9 +31,9 @@ def return_freed_memory() -> None:
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """
-    `torch.empty`; a large tensor takes the memory of one that is gone, or new memory in pages of 2 MiB. The first touch
-    of new memory takes up to ten times as long as reading a file into it, and a streamed tensor is touched only once
-    or twice.
+    `torch.empty`; a large tensor takes the memory of one that is gone, or new memory in pages of 2 MiB. The first
+    touch of new memory takes up to ten times as long as reading a file into it, and a streamed tensor is touched only
+    once or twice.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < LARGE:
