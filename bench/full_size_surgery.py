@@ -34,7 +34,7 @@ import json, sys, torch
 from pathlib import Path
 from transformers import NanoChatConfig
 from adamba.data import train_tokenizer
-from adamba.surgery.rules import empty_model, fresh_tensor, generator_for
+from adamba.surgery.rules import empty_model, fresh_tensor, seed_for
 from adamba.surgery.streaming import save
 from adamba.tasks import TASKS
 folder, layers = sys.argv[1], int(sys.argv[2])
@@ -44,7 +44,7 @@ model = empty_model(config).to(torch.bfloat16)
 shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 class Random(dict):
     def __getitem__(self, name):
-        return fresh_tensor("random", shapes[name], 0.02, torch.bfloat16, generator_for(name, 0))
+        return fresh_tensor("random", shapes[name], 0.02, torch.bfloat16, seed_for(name, 0))
 save(model, Random(shapes), Path(folder))
 texts = (json.dumps(TASKS["calculator"].example(seed, "train")) for seed in range(40))
 train_tokenizer(texts, 512).save_pretrained(folder)

@@ -6,7 +6,7 @@ Change a checkpoint's shape and keep its function: insert Mamba-2 layers, expand
         --output_dir checkpoints/tiny/slice32 --mix pydoc_topics=1.0
 
 States after every layer and logits are compared on real tokens, at every width; beyond 1e-4 nothing is saved. A large
-checkpoint goes from disk to disk, tensor by tensor (key `streaming`).
+checkpoint goes from disk to disk, tensor by tensor (key `streaming`); killed and started again, it goes on.
 """
 
 import shutil
@@ -25,7 +25,7 @@ from adamba.hub import HubArguments, hub_target, push_run
 from adamba.loading import ModelArguments
 from adamba.loading_streamed import load_or_open
 from adamba.operations import SurgeryArguments, at_once, check_rows, plan, sort, verify
-from adamba.publish import publish
+from adamba.publish import publish, surgery_dir
 from adamba.recipe import parse
 from adamba.surgery.fetching import Together, attach
 from adamba.surgery.rules import apply, empty_model
@@ -53,16 +53,20 @@ def main() -> None:
         metrics.update(surgery_seconds=time.monotonic() - started, peak_memory_bytes=peak_memory_bytes())
 
     def write(folder: Path) -> None:
-        """Straight into the folder that is published once it is complete and verified; else nothing stays of it."""
+        """Nothing stays of what failed; what was killed goes on in the next run, with the files that are whole."""
         try:
             begun, cpu_begun = time.monotonic(), time.process_time()
-            after = stream(surgery, before, weights, folder)
+            after = stream(surgery, before, weights, folder, unfinished)
             metrics.update(write_seconds=time.monotonic() - begun, write_cpu_seconds=time.process_time() - cpu_begun)
             together = at_once(before, after.config, args, rows)
             attach(before, weights.as_dtype(torch.float32), together)
-            finish(attach(empty_model(after.config), Weights(folder, torch.float32), together), together)
-        except BaseException:
+            finish(attach(empty_model(after.config), Weights(unfinished, torch.float32), together), together)
+            for file in unfinished.iterdir():
+                file.rename(folder / file.name)
+            shutil.rmtree(unfinished.parent)
+        except Exception:
             shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
             raise
 
     try:
@@ -70,6 +74,9 @@ def main() -> None:
         size = num_weight_bytes(
             before if surgery is None else empty_model(surgery.config), getattr(torch, model_args.dtype)
         )
+        if weights is not None:
+            unfinished = surgery_dir(args.output_dir, recipe, {"model": str(weights.folder)})
+            size -= sum(file.stat().st_size for file in unfinished.glob("*"))
         check_output_dir(args.output_dir, size)
         source: Any = write
         if weights is None:

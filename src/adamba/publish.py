@@ -7,6 +7,7 @@ writes `checkpoint-N` into `trainer_dir(output_dir, ...)`, which is outside `out
 """
 
 import json
+import logging
 import math
 import os
 import platform
@@ -27,6 +28,8 @@ from adamba.fingerprint import hash_file, run_fingerprint
 from adamba.model_card import model_card
 from adamba.recipe_file import Recipe
 from adamba.secrets_kept import redacted
+
+logger = logging.getLogger("adamba")
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "numpy")
 
@@ -173,9 +176,26 @@ def trainer_dir(output_dir: str | Path, recipe: Recipe, inputs: Mapping[str, str
 
     Another recipe, other code or another input is another folder, so a run never resumes from a foreign checkpoint.
     """
+    return _unfinished_dir(output_dir, "trainer", recipe, inputs)
+
+
+def surgery_dir(output_dir: str | Path, recipe: Recipe, inputs: Mapping[str, str]) -> Path:
+    """Where a streaming surgery keeps its weights until they are verified: `<output_dir>.surgery/<fingerprint>`.
+
+    What a surgery with another recipe, other code or another input has left there is removed.
+    """
+    folder = _unfinished_dir(output_dir, "surgery", recipe, inputs)
+    for other in folder.parent.glob("*"):
+        if other != folder:
+            logger.info("discarding %s, which another recipe, code or input left unfinished", other)
+            shutil.rmtree(other)
+    return folder
+
+
+def _unfinished_dir(output_dir: str | Path, kind: str, recipe: Recipe, inputs: Mapping[str, str]) -> Path:
     fingerprint = run_fingerprint(recipe.code, recipe.values, inputs)["fingerprint"]
     output_dir = Path(output_dir)
-    return output_dir.with_name(f"{output_dir.name}.trainer") / fingerprint[:12]
+    return output_dir.with_name(f"{output_dir.name}.{kind}") / fingerprint[:12]
 
 
 @contextmanager

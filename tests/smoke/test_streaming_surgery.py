@@ -1,7 +1,10 @@
 """`run_surgery.py` from disk to disk: the weights that it writes from memory, or one line and nothing else."""
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from collections import namedtuple
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import NanoChatConfig, NanoChatForCausalLM, PreTrainedTokenizerFast
 
 from adamba.publish import verify_files
-from adamba.surgery import streaming
+from adamba.surgery import streaming, tensor_files
 from tiny_runs import DATA, HYBRID, LEVELS, runner, save_hybrid, task_texts, tensors, write_recipe
 
 pytestmark = pytest.mark.smoke
@@ -41,7 +44,7 @@ def refused(run, capsys, tmp_path: Path):
     def operate(**keys) -> str:
         with pytest.raises(SystemExit) as stopped:
             run("out", **keys)
-        assert stopped.value.code == 2 and not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
+        assert stopped.value.code == 2 and not list(tmp_path.glob("out*"))
         return capsys.readouterr().err.strip().splitlines()[-1]
 
     return operate
@@ -98,6 +101,51 @@ def test_a_checkpoint_that_is_large_for_the_memory_is_streamed_by_itself(run, tm
     assert "streaming from disk to disk: up to" in caplog.text
     first, second = tensors(tmp_path / "small"), tensors(tmp_path / "large")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_killed_surgery_goes_on_to_the_same_bits(run, tmp_path: Path, monkeypatch, caplog) -> None:
+    caplog.set_level("INFO", logger="adamba")
+    monkeypatch.setattr(streaming, "SHARD_SIZE", "50KB")
+    save_hybrid(tmp_path / "hybrid")
+    keys = {"operation": "expand", "model_name_or_path": "hybrid", "hidden_size": 64, "streaming": True}
+    finish = tensor_files._finish
+
+    def kill_after_three_files(**more) -> list[Path]:
+        """In a process of its own; returns what it left."""
+
+        def finish_or_die(part: Path, path: Path) -> None:
+            if len(list(path.parent.glob("*.safetensors"))) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            finish(part, path)
+
+        def surgery() -> None:
+            torch.set_num_threads(1)  # OpenMP's threads do not outlive a fork
+            with monkeypatch.context() as patch:
+                patch.setattr(tensor_files, "_finish", finish_or_die)
+                run("out", **keys | more)
+
+        process = multiprocessing.get_context("fork").Process(target=surgery)
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        return sorted((tmp_path / "out.surgery").glob("*/*.safetensors"))
+
+    run("whole", **keys)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*.safetensors*")}
+    left = kill_after_three_files()
+    assert [path.name for path in left] == sorted(whole)[:3] and len(whole) > 5
+    left[0].write_bytes(left[0].read_bytes()[:-7])
+    kept = left[1].stat().st_ino
+    run("out", **keys)
+    assert f"continuing: 2 of {len(whole) - 1} files are there" in caplog.text
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors*")} == whole
+    assert (tmp_path / "out" / left[1].name).stat().st_ino == kept and not (tmp_path / "out.surgery").exists()
+
+    kill_after_three_files(seed=1)
+    caplog.clear()
+    run("out", **keys)
+    assert "discarding out.surgery/" in caplog.text and "continuing" not in caplog.text
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors*")} == whole
 
 
 def test_what_cannot_be_streamed_is_one_line(refused, tmp_path: Path, monkeypatch) -> None:

@@ -105,6 +105,27 @@ def shared_slices(axis: str, small: AdambaConfig, large: AdambaConfig, layer: in
     return pairs
 
 
+def shared_blocks(
+    name: str, shape: list[int], small: AdambaConfig, large: AdambaConfig, into: AdambaConfig
+) -> tuple[list[int], list[list[tuple[slice, slice]]]]:
+    """
+    A parameter of this shape in the model `into`, which is one of the two: its shape there, and for each dimension the
+    places, (in the smaller model, in the larger one), of what both have.
+    """
+    role, layer = role_of(name), layer_of(name)
+    shape = list(shape)
+    blocks: list[list[tuple[slice, slice]]] = []
+    if role.axes == ("fixed",):  # of any number of dimensions
+        return shape, blocks
+    for dim, axis in enumerate(role.axes):
+        if axis == "fixed":
+            blocks.append([(slice(0, shape[dim]), slice(0, shape[dim]))])
+        else:
+            shape[dim] = sum(axis_sections(axis, into, layer_width(into, layer)))
+            blocks.append(shared_slices(axis, small, large, layer))
+    return shape, blocks
+
+
 def shared_index(axis: str, small: AdambaConfig, large: AdambaConfig, layer: int | None) -> torch.Tensor:
     """The index in the larger model's axis of each entry of the smaller model's."""
     return torch.cat([torch.arange(part.start, part.stop) for _, part in shared_slices(axis, small, large, layer)])

@@ -1,16 +1,18 @@
 """Wider, and the same function at every width: the old block stays in the top-left corner of every matrix."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 
 from adamba.model import AdambaConfig, AdambaForCausalLM
 
-from .axes import axis_sections, layer_of, layer_width, role_of, shared_slices
-from .memory import converted
-from .rules import Surgery, apply, fresh_tensor, generator_for
+from .axes import role_of, shared_blocks
+from .memory import empty
+from .rules import Surgery, apply, fill_fresh, fresh_tensor, seed_for
 
+PIECE = 2**17  # numbers squared at once: they stay in the cache
 # What grows and shrinks with the hidden size, always by the same ratio.
 COUNTS = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "mamba_num_groups")
 
@@ -70,26 +72,45 @@ def expand_tensor(name: str, old: torch.Tensor, config: AdambaConfig, wide: Adam
     One parameter of the wider model, from the same parameter of the narrower one. Random readers take the spread of
     the trained weights, so that new features start at the scale of the old ones.
     """
-    role, layer = role_of(name), layer_of(name)
-    if role.axes == ("fixed",):
-        return old.clone()
-    shape, blocks = list(old.shape), []
-    for dim, axis in enumerate(role.axes):
-        if axis == "fixed":
-            blocks.append([(slice(None), slice(None))])
-        else:
-            shape[dim] = sum(axis_sections(axis, wide, layer_width(wide, layer)))
-            blocks.append(shared_slices(axis, config, wide, layer))
-    fill = "zero" if name.endswith("lm_head.weight") and wide.tie_word_embeddings else role.fill
-    std = 0.0
-    if fill == "random":
-        wider = torch.promote_types(old.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(converted(old, wider))  # as with `dtype=wider`, in half the time
-        std = max(float(norm) / old.numel() ** 0.5, 1e-4)
-    new = fresh_tensor(fill, shape, std, old.dtype, generator_for(name, seed))
+    fill = role_of(name).fill
+    shape, blocks = shared_blocks(name, list(old.shape), config, wide, into=wide)
+    if shape == list(old.shape):
+        return old
+    if name.endswith("lm_head.weight") and wide.tie_word_embeddings:
+        fill = "zero"
+    if fill in ("decay", "time_step"):
+        new = fresh_tensor(fill, shape, 0.0, old.dtype, seed_for(name, seed))
+    else:
+        std = max(root_mean_square(old), 1e-4) if fill == "random" else 0.0
+        new = empty(shape, old.dtype)
+        for index, part in enumerate(_new_parts(shape, [[large for _, large in places] for places in blocks])):
+            fill_fresh(new[part], fill, std, seed_for(f"{name}/{index}", seed))
     for block in itertools.product(*blocks):
         new[tuple(large for _, large in block)] = old[tuple(small for small, _ in block)]
     return new
+
+
+def _new_parts(shape: Sequence[int], old: Sequence[Sequence[slice]]) -> Iterator[tuple[slice, ...]]:
+    """The parts of a tensor of this shape that are in none of the old blocks, whose places are given by dimension."""
+    if not shape:
+        return
+    ends = [0, *(place.stop for place in old[0])]
+    starts = [*(place.start for place in old[0]), shape[0]]
+    for end, start in zip(ends, starts, strict=True):
+        if end < start:
+            yield (slice(end, start),)
+    for place in old[0]:
+        for part in _new_parts(shape[1:], old[1:]):
+            yield (place, *part)
+
+
+def root_mean_square(tensor: torch.Tensor) -> float:
+    """Piece by piece, in fp32 or wider, and by numpy: torch's sums depend on the number of its threads."""
+    total = 0.0
+    for piece in tensor.reshape(-1).split(PIECE):
+        wide = piece.to(torch.promote_types(piece.dtype, torch.float32)).numpy()
+        total += float(np.square(wide).sum())
+    return (total / tensor.numel()) ** 0.5
 
 
 def expansion(
@@ -99,10 +120,9 @@ def expansion(
     wide = expanded_config(config, hidden_size, width_levels)
 
     def tensor(name: str, shape: torch.Size, old: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        tensor = old[name]
-        new = expand_tensor(name, tensor, config, wide, seed)
+        new = expand_tensor(name, old[name], config, wide, seed)
         if new.shape != shape:  # only the router's levels may differ in number: its last layer starts anew
-            new = fresh_tensor(role_of(name).fill, shape, 0.0, tensor.dtype, generator_for(name, seed))
+            new = fresh_tensor(role_of(name).fill, shape, 0.0, new.dtype, seed_for(name, seed))
         return new
 
     return Surgery(wide, tensor, [(layer, layer) for layer in range(config.num_hidden_layers)])

@@ -9,7 +9,7 @@ from adamba.model import AdambaConfig, AdambaForCausalLM
 
 from .axes import layer_of, role_of
 from .bases import BASES, describe_bases
-from .rules import Surgery, apply, empty_model, fresh_tensor, generator_for
+from .rules import Surgery, apply, empty_model, fresh_tensor, seed_for
 
 # Fields of the base's config that a hybrid may set otherwise: no weight depends on them.
 FREE_FIELDS = ("attention_dropout", "initializer_range", "max_position_embeddings")
@@ -53,7 +53,7 @@ def insertion(
             return old[origin[name]]
         # As wide as the initialisation of a new model: a short convolution sees few inputs, so its weights are larger.
         std = (3 * config.mamba_conv_kernel) ** -0.5 if "conv1d" in name else config.initializer_range
-        return fresh_tensor(role_of(name).fill, shape, std, torch.float32, generator_for(name, seed))
+        return fresh_tensor(role_of(name).fill, shape, std, torch.float32, seed_for(name, seed))
 
     return Surgery(config, tensor, list(enumerate(place)))
 

@@ -1,13 +1,23 @@
-"""Memory of large tensors, as glibc and Linux give it best; elsewhere `empty` is `torch.empty`."""
+"""Memory of large tensors: used again, and in pages as large as Linux gives."""
 
 import ctypes
+import math
 import mmap
+import threading
+import weakref
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 M_MMAP_THRESHOLD = -3  # malloc.h
 LIBC = ctypes.CDLL(None)
+LARGE = 2**22  # bytes of a tensor from which its memory is used again
+PAGE = 2**21
+KEPT = 2**30  # bytes; how much of what is free stays here
+
+_free: list[mmap.mmap] = []  # latest last
+_lock = threading.RLock()  # the collector may free a tensor inside of it
 
 
 def return_freed_memory() -> None:
@@ -21,18 +31,39 @@ def return_freed_memory() -> None:
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """
-    `torch.empty` in pages of 2 MiB where the system has them. A large tensor is written once or twice: the first touch
-    of pages of 4 KiB takes ten times as long as converting bfloat16 to what they hold.
+    `torch.empty`; a large tensor takes the memory of one that is gone, or new memory in pages of 2 MiB. The first
+    touch of new memory takes up to ten times as long as reading a file into it, and a streamed tensor is touched only
+    once or twice.
     """
-    tensor = torch.empty(shape, dtype=dtype)
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is not None and tensor.nbytes >= 2**22:
-        begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = tensor.data_ptr() + tensor.nbytes - begin
-        LIBC.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size - size % mmap.PAGESIZE), advice)
-    return tensor
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes < LARGE:
+        return torch.empty(shape, dtype=dtype)
+    region = _take(num_bytes)
+    memory = np.frombuffer(region, dtype=np.uint8)
+    weakref.finalize(memory, _give_back, region).atexit = False  # the tensor holds it, as do views of the tensor
+    return torch.from_numpy(memory)[:num_bytes].view(dtype).view(shape)
+
+
+def _take(num_bytes: int) -> mmap.mmap:
+    with _lock:
+        fitting = [region for region in _free if num_bytes <= len(region) <= 2 * num_bytes]
+        if fitting:
+            region = min(fitting, key=len)
+            _free.remove(region)
+            return region
+    region = mmap.mmap(-1, -(-num_bytes // PAGE) * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        region.madvise(mmap.MADV_HUGEPAGE)
+    return region
+
+
+def _give_back(region: mmap.mmap) -> None:
+    with _lock:
+        _free.append(region)
+        while sum(map(len, _free)) > KEPT:
+            del _free[0]  # which unmaps it
 
 
 def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor.to(dtype)` in the pages of `empty`."""
+    """`tensor.to(dtype)` in the memory of `empty`."""
     return tensor if tensor.dtype == dtype else empty(tensor.shape, dtype).copy_(tensor)

@@ -15,9 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from adamba.model import AdambaConfig, AdambaForCausalLM
 from adamba.model.mamba_adamba import init_decay, init_time_steps
 
+from .draws import fill_random
 from .memory import empty
-
-DRAWS = 2**18  # random numbers drawn at once; another value gives other numbers
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,8 @@ def apply(surgery: Surgery, model: PreTrainedModel) -> AdambaForCausalLM:
     old = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     new = empty_model(copy.deepcopy(surgery.config))
     shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
-    made = {name: surgery.tensor(name, shape, old).to(model.dtype) for name, shape in shapes.items()}
+    # a copy, as some rules hand on the old tensor itself
+    made = {name: surgery.tensor(name, shape, old).to(model.dtype, copy=True) for name, shape in shapes.items()}
     new.load_state_dict(made, assign=True)
     new.tie_weights()
     new.config._attn_implementation = model.config._attn_implementation
@@ -63,26 +63,22 @@ def carry_generation_config(old: PreTrainedModel, new: PreTrainedModel) -> None:
         new.generation_config._from_model_config = False
 
 
-def generator_for(name: str, seed: int) -> torch.Generator:
-    """Random numbers of one tensor: the same in whatever order, and wherever, the tensors are made."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+def seed_for(name: str, seed: int) -> int:
+    """The seed of one tensor's random numbers: the same in whatever order, and wherever, the tensors are made."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
 
 
-def fresh_tensor(
-    fill: str, shape: torch.Size | list[int], std: float, dtype: torch.dtype, generator: torch.Generator
-) -> torch.Tensor:
+def fresh_tensor(fill: str, shape: torch.Size | list[int], std: float, dtype: torch.dtype, seed: int) -> torch.Tensor:
     """Values for entries that the old model did not have: `axes.PARAMETER_ROLES` names the fill of each parameter."""
     if fill == "decay":
         return init_decay(torch.empty(shape)).to(dtype)
     if fill == "time_step":
-        return init_time_steps(torch.empty(shape), generator).to(dtype)
-    if fill == "one":
-        return torch.ones(shape, dtype=dtype)
-    new = empty(shape, dtype)
-    if fill != "random":
-        return new.zero_()
-    draws = torch.empty(DRAWS)  # a piece at a time: no copy of the whole in fp32
-    for part in new.view(-1).split(DRAWS):
-        part.copy_(draws[: len(part)].normal_(0.0, std, generator=generator))
-    return new
+        return init_time_steps(torch.empty(shape), torch.Generator().manual_seed(seed)).to(dtype)
+    return fill_fresh(empty(shape, dtype), fill, std, seed)
+
+
+def fill_fresh(new: torch.Tensor, fill: str, std: float, seed: int) -> torch.Tensor:
+    """`fresh_tensor` of the fills that look the same everywhere, in a part of a tensor."""
+    if fill == "random":
+        return fill_random(new, std, seed)
+    return new.fill_(1 if fill == "one" else 0)

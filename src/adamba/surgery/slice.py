@@ -1,12 +1,14 @@
 """Any width of an elastic model as a checkpoint of its own: fewer weights, the same logits."""
 
+import itertools
 from collections.abc import Mapping
 
 import torch
 
 from adamba.model import AdambaConfig, AdambaForCausalLM
 
-from .axes import layer_of, role_of, shared_index
+from .axes import shared_blocks
+from .memory import empty
 from .rules import Surgery, apply
 
 
@@ -17,16 +19,14 @@ def sliced_config(config: AdambaConfig, width) -> AdambaConfig:
 
 
 def slice_tensor(name: str, old: torch.Tensor, config: AdambaConfig, small: AdambaConfig) -> torch.Tensor:
-    """One parameter of the sliced model."""
-    role, layer = role_of(name), layer_of(name)
-    if role.axes == ("fixed",):
-        return old.clone()
-    for dim, axis in enumerate(role.axes):
-        if axis != "fixed":
-            index = shared_index(axis, small, config, layer)
-            if len(index) != old.shape[dim]:
-                old = old.index_select(dim, index.to(old.device))
-    return old.clone()
+    """One parameter of the sliced model; `old` itself if the slice leaves it whole."""
+    shape, blocks = shared_blocks(name, list(old.shape), small, config, into=small)
+    if shape == list(old.shape):
+        return old
+    new = empty(shape, old.dtype)
+    for block in itertools.product(*blocks):
+        new[tuple(here for here, _ in block)] = old[tuple(there for _, there in block)]
+    return new
 
 
 def slicing(config: AdambaConfig, width) -> Surgery:

@@ -5,6 +5,7 @@ memory passes. The rules are those of `rules.Surgery`; the result has the same b
 
 import copy
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .memory import converted, return_freed_memory
 from .rules import Surgery, carry_generation_config, empty_model
-from .tensor_files import read_header, read_tensor, write_files
+from .tensor_files import is_written, read_header, read_tensor, write_files
+
+logger = logging.getLogger("adamba")
 
 SHARD_SIZE = "1GB"
 
@@ -150,10 +153,19 @@ def num_weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
     return sum(shape.numel() for shape in stored_shapes(model).values()) * dtype.itemsize
 
 
-def save(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """What `save_pretrained` writes into a folder, to the byte, of an `empty_model` with these weights."""
+def save(
+    model: PreTrainedModel, weights: Mapping[str, torch.Tensor], folder: Path, weights_folder: Path | None = None
+) -> None:
+    """
+    What `save_pretrained` writes into a folder, to the byte, of an `empty_model` with these weights.
+
+    Args:
+        weights_folder: where their files go instead of `folder`; those that are there already are not written again.
+    """
     return_freed_memory()
-    model.save_pretrained(folder, state_dict={})  # all but the weights
+    model.save_pretrained(folder, state_dict={})  # all but the weights, which it deletes
+    weights_folder = weights_folder or folder
+    weights_folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     shapes = stored_shapes(model)
     pattern = SAFE_WEIGHTS_NAME.replace(".", "{suffix}.")
@@ -161,27 +173,33 @@ def save(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], folder: Pa
         {name: state[name] for name in shapes}, filename_pattern=pattern, max_shard_size=SHARD_SIZE
     )
     files = {
-        folder / file: {name: shapes[name] for name in names} for file, names in split.filename_to_tensors.items()
+        weights_folder / file: {name: shapes[name] for name in names}
+        for file, names in split.filename_to_tensors.items()
     }
-    with tqdm(
-        total=num_weight_bytes(model, model.dtype), unit="B", unit_scale=True, desc="surgery", mininterval=1
-    ) as bar:
-        write_files(files, model.dtype, weights.__getitem__, bar.update)
+    missing = {path: names for path, names in files.items() if not is_written(path, names, model.dtype)}
+    if len(missing) < len(files):
+        logger.info("continuing: %d of %d files are there", len(files) - len(missing), len(files))
+    size = sum(shape.numel() for names in missing.values() for shape in names.values()) * model.dtype.itemsize
+    with tqdm(total=size, unit="B", unit_scale=True, desc="surgery", mininterval=1) as bar:
+        write_files(missing, model.dtype, weights.__getitem__, bar.update)
     if split.is_sharded:
         index = {
             "metadata": {"total_parameters": model.num_parameters(), **split.metadata},
             "weight_map": split.tensor_to_filename,
         }
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+        (weights_folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
 
 
-def stream(surgery: Surgery, before: PreTrainedModel, old: Weights, folder: Path) -> PreTrainedModel:
+def stream(
+    surgery: Surgery, before: PreTrainedModel, old: Weights, folder: Path, weights_folder: Path | None = None
+) -> PreTrainedModel:
     """
     Write the model after the surgery into `folder`, as `save_pretrained` does, in shards of 1 GB.
 
     Args:
         before: the old model without weights, for its generation config.
+        weights_folder: see `save`.
 
     Returns:
         The new model, without weights.
@@ -189,5 +207,5 @@ def stream(surgery: Surgery, before: PreTrainedModel, old: Weights, folder: Path
     after = empty_model(copy.deepcopy(surgery.config)).to(old.dtype)
     after.tie_weights()  # the new type parted them
     carry_generation_config(before, after)
-    save(after, Operated(surgery, old, stored_shapes(after)), folder)
+    save(after, Operated(surgery, old, stored_shapes(after)), folder, weights_folder)
     return after

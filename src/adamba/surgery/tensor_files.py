@@ -75,6 +75,16 @@ def header_bytes(shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def is_written(path: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> bool:
+    """Whether a file of these tensors is there as `write_files` leaves it, by its header and its size."""
+    header = header_bytes({name: shapes[name] for name in sorted(shapes)}, dtype)
+    size = len(header) + sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
+
+
 def write_files(
     files: Mapping[Path, Mapping[str, torch.Size]],
     dtype: torch.dtype,
@@ -83,7 +93,7 @@ def write_files(
 ) -> None:
     """
     Write each tensor once, straight to its place, while the next ones are made and finished files go to the disk:
-    when this returns all are on it, as a power cut must not undo an hour.
+    when this returns all are on it, as a power cut must not undo an hour. A file gets its name once it is on the disk.
 
     Args:
         files: path -> name -> shape.
@@ -96,14 +106,15 @@ def write_files(
         synced: list[Future] = []
         try:
             for path, shapes in files.items():
-                with path.open("wb") as file:
+                part = path.with_name(f"{path.name}.part")
+                with part.open("wb") as file:
                     file.write(header_bytes({name: shapes[name] for name in sorted(shapes)}, dtype))
                     for _ in shapes:
                         tensor = next(made)
                         file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
                         progress(tensor.nbytes)
                         del tensor  # before the next one is waited for
-                synced.append(syncer.submit(_sync, path))
+                synced.append(syncer.submit(_finish, part, path))
             for future in synced:
                 future.result()
         finally:
@@ -120,6 +131,7 @@ def _ahead(pool: ThreadPoolExecutor, make: Callable, names: Iterator[str]) -> It
         del tensor
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
+def _finish(part: Path, path: Path) -> None:
+    with part.open("rb") as file:
         os.fsync(file.fileno())
+    part.replace(path)
