@@ -117,9 +117,9 @@ def test_the_memory_of_the_largest_phase_is_estimated_for_each_config(path: Path
     phase = next(phase for phase in read_plan(ROOT / "recipes") if phase.name == "phase4b")
     launch = read_launch(["accelerate", "launch", "--config_file", str(path)])
     parts = memory_gib(dataclasses.replace(phase, launch=launch))
-    weights = phase.num_parameters * 2 / 2**30  # bf16
+    weights = phase.num_parameters * (4 if launch.fsdp else 2) / 2**30  # bf16; FSDP keeps what learns in fp32
     assert parts["weights"] == pytest.approx(SHARDED.get(path.stem, {}).get("weights", 1) * weights)
-    state = 6 if launch.deepspeed else 4  # moments in fp32, and DeepSpeed's own copy of the weights
+    state = 6 if launch.deepspeed else 2  # moments like the weights; DeepSpeed: in fp32, beside its own copy of them
     assert parts["optimizer"] == pytest.approx(SHARDED.get(path.stem, {}).get("optimizer", 1) * state * weights)
 
 
