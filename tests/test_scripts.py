@@ -1,4 +1,4 @@
-"""`scripts/`: what each machine would launch, with fake `srun`, `scontrol`, `scancel` and `accelerate` first in PATH."""
+"""`scripts/`: what each machine would launch, by fake `srun`, `scontrol`, `scancel`, `accelerate` first in PATH."""
 
 import os
 import signal
@@ -42,7 +42,7 @@ def said(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sbatch(tmp_path: Path, said: Path) -> Sbatch:
-    """`sbatch(recipe, "--key", "value", without="SLURM_JOB_ID", SRUN_EXIT="1")`: the batch script as SLURM starts it."""
+    """`sbatch(recipe, "--key", "value", without="SLURM_JOB_ID", SRUN_EXIT="1")`: the script as SLURM starts it."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name, body in FAKES.items():

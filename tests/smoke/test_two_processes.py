@@ -64,7 +64,9 @@ def test_evaluation_shares_the_episodes(trained: Path, monkeypatch: pytest.Monke
 
 def test_a_signal_to_the_launcher_and_its_processes_saves_first(trained: Path) -> None:
     """As SLURM sends it, to all of them; the launcher passes it on, so the training processes hear it twice."""
-    write_recipe(trained / "long.yaml", TRAIN | {"model_name_or_path": "hybrid", "max_steps": 10**6, "logging_steps": 1})
+    write_recipe(
+        trained / "long.yaml", TRAIN | {"model_name_or_path": "hybrid", "max_steps": 10**6, "logging_steps": 1}
+    )
     command = [*LAUNCH, str(ROOT / "src/run_pretrain.py"), "long.yaml", "--output_dir", "long"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

@@ -1,4 +1,4 @@
-"""Killed inside the writing of a checkpoint, at each point of it: the last whole one is resumed from, to the same bits."""
+"""Killed at each point of the writing of a checkpoint: the last whole one is resumed from, to the same bits."""
 
 import json
 import logging
