@@ -15,14 +15,14 @@ logger = logging.getLogger("adamba")
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 NOTHING, SAVE, STOP = 0, 1, 2
-# torchrun hands a signal on to its processes, which a scheduler has told already: so soon it is the same.
+# torchrun hands a signal on to its processes, which a scheduler has told already: within this it is the same.
 ECHO_SECONDS = 5.0
 
 
 class Interruptions(TrainerCallback):
     """
     Notes signals and acts on them between two steps. A signal to any process counts for all: they save together and
-# torchrun hands a signal on to its processes, which a scheduler has told already: this soon, it is one signal.
+    stop after the same step. A second SIGTERM or SIGINT ends the process at once, unless it is a launcher's echo of the
     first.
     """
 
