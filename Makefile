@@ -24,6 +24,8 @@ PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export PYTHONUNBUFFERED := 1
+# After Ctrl-C a launcher of several processes kills them in 30 seconds, be they in the middle of a large checkpoint.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 540
 # Packages are installed without byte code, and compiled where they are first imported. A machine that forbids to keep
 # that (containers do) would compile torch and transformers anew in every process: ten seconds each.
 export PYTHONDONTWRITEBYTECODE :=

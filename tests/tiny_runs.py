@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from adamba.data import train_tokenizer
+from adamba.model import AdambaForCausalLM
 from adamba.surgery import insert_mamba
 from adamba.tasks import TASKS
+from models import smallest_config
 
 ROOT = Path(__file__).parents[1]
 LEVELS = {"ghost": 8, "normal": 16, "think": 32}
@@ -31,12 +33,31 @@ TRAIN = DATA | {
     "report_to": "none",
     "disable_tqdm": True,
 }
+AGENT = {
+    "mix": {"calculator": 1.0, "tic_tac_toe": 1.0},
+    "max_steps": 2,
+    "logging_steps": 1,
+    "learning_rate": 1.0e-3,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+}
+GRPO = AGENT | {
+    "num_prompts": 8,
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_completion_length": 48,
+    "rewards": {"correctness": 1.0, "format": 0.2, "tool_use": 0.1, "efficiency": 0.1},
+}
+DPO = AGENT | {"num_pairs": 16, "per_device_train_batch_size": 4, "max_length": 512}
 Run = Callable[..., None]
 
 
 def task_texts() -> Iterable[str]:
     return (
-        json.dumps(TASKS[name].example(seed, "train")) for name in ("calculator", "tic_tac_toe") for seed in range(40)
+        json.dumps(TASKS[name].example(seed, "train")) for name in ("calculator", "tic_tac_toe") for seed in range(50)
     )
 
 
@@ -66,6 +87,13 @@ def save_hybrid(folder: Path) -> PreTrainedModel:
                 layer.mixer.out_proj.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
     model.save_pretrained(folder)
     return model
+
+
+def save_agent(folder: Path) -> None:
+    """A hybrid of two layers that reads the prompts of the tasks, with its tokenizer."""
+    tokenizer = save_tokenizer(folder, vocab_size=512)
+    torch.manual_seed(0)
+    AdambaForCausalLM(smallest_config(len(tokenizer), max_position_embeddings=512)).save_pretrained(folder)
 
 
 def write_recipe(path: Path, values: dict[str, Any]) -> Path:

@@ -24,10 +24,10 @@ def check_launch(
         UserError: more processes than GPUs, sharding without a GPU, DeepSpeed that is not there.
     """
     local_processes = int(environment.get("LOCAL_WORLD_SIZE", "1"))
-    sharded = [name for name in ("FSDP", "DEEPSPEED") if _is_true(environment, f"ACCELERATE_USE_{name}")]
+    sharded = [name for name in ("FSDP", "DEEPSPEED") if is_true(f"ACCELERATE_USE_{name}", environment)]
     if "DEEPSPEED" in sharded and importlib.util.find_spec("deepspeed") is None:
         raise UserError("accelerate config: DeepSpeed is not installed; pip install deepspeed, or use ddp.yaml")
-    if use_cpu or _is_true(environment, "ACCELERATE_USE_CPU") or environment.get("ACCELERATE_TORCH_DEVICE") == "cpu":
+    if use_cpu or is_true("ACCELERATE_USE_CPU", environment) or environment.get("ACCELERATE_TORCH_DEVICE") == "cpu":
         return
     if local_processes == 1 and not sharded:
         return
@@ -51,7 +51,7 @@ def check_precision(bf16: bool, fp16: bool, environment: Mapping[str, str] = os.
         UserError: naming both.
     """
     theirs, ours = environment.get("ACCELERATE_MIXED_PRECISION", ""), "bf16" if bf16 else "fp16" if fp16 else "no"
-    if theirs in ("", ours) or (ours != "no" and not _is_true(environment, "ACCELERATE_USE_DEEPSPEED")):
+    if theirs in ("", ours) or (ours != "no" and not is_true("ACCELERATE_USE_DEEPSPEED", environment)):
         return
     recipe = f"--{theirs} true, or " if theirs in ("bf16", "fp16") else ""
     raise UserError(
@@ -60,5 +60,6 @@ def check_precision(bf16: bool, fp16: bool, environment: Mapping[str, str] = os.
     )
 
 
-def _is_true(environment: Mapping[str, str], key: str) -> bool:
+def is_true(key: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launcher switched something on, for instance `ACCELERATE_USE_FSDP`."""
     return environment.get(key, "").lower() in TRUE

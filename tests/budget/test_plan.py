@@ -137,6 +137,35 @@ def test_memory_follows_sharding() -> None:
     assert parts["optimizer"] == pytest.approx(12 * phase.num_parameters / 8 / 2**30)
 
 
+@pytest.mark.parametrize(
+    ("values", "bytes_by_part"),
+    [
+        ({"dtype": "bfloat16", "bf16": True}, {"weights": 4, "gradients": 4, "optimizer": 8}),
+        ({"dtype": "float32", "bf16": True}, {"weights": 4, "gradients": 4, "optimizer": 8}),
+        ({"dtype": "bfloat16", "bf16": False}, {"weights": 2, "gradients": 2, "optimizer": 4}),
+    ],
+)
+def test_memory_of_fsdp_is_that_of_fp32_masters_under_mixed_precision(values, bytes_by_part) -> None:
+    phase = next(phase for phase in read_plan(Path("recipes")) if phase.name == "phase4b")
+    fsdp = Launch(8, False, 8, 8, 8, fsdp=True)
+    planned = PlannedPhase(phase.name, phase.recipe, phase.script, phase.values | values, fsdp, phase.config)
+    parts = memory_gib(planned)
+    for part, num_bytes in bytes_by_part.items():
+        assert parts[part] == pytest.approx(num_bytes * phase.num_parameters / 8 / 2**30), part
+    in_bf16 = memory_gib(with_launch(phase, Launch(8, True, 8, 8, 8)))["activations"]
+    assert parts["activations"] == pytest.approx(in_bf16), "what is computed is bf16 in any of these"
+
+
+def test_frozen_weights_stay_as_they_were_loaded_under_fsdp() -> None:
+    phase = next(phase for phase in read_plan(Path("recipes")) if phase.name == "phase4b")
+    values = phase.values | {"dtype": "bfloat16", "bf16": True, "train_only": "mamba"}
+    fsdp = Launch(8, False, 8, 8, 8, fsdp=True)
+    planned = PlannedPhase(phase.name, phase.recipe, phase.script, values, fsdp, phase.config)
+    assert 0 < planned.num_trained < planned.num_parameters
+    weights = 4 * planned.num_trained + 2 * (planned.num_parameters - planned.num_trained)
+    assert memory_gib(planned)["weights"] == pytest.approx(weights / 8 / 2**30)
+
+
 def with_launch(phase: PlannedPhase, launch: Launch) -> PlannedPhase:
     return PlannedPhase(phase.name, phase.recipe, phase.script, phase.values, launch, phase.config)
 

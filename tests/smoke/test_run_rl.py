@@ -11,32 +11,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from adamba.data import train_tokenizer
-from adamba.model import AdambaForCausalLM
 from adamba.tasks import TASKS
 from adamba.training.agent_rows import preference_rows
-from models import smallest_config
-
-ROOT = Path(__file__).parents[2]
-COMMON = {
-    "mix": {"calculator": 1.0, "tic_tac_toe": 1.0},
-    "max_steps": 2,
-    "logging_steps": 1,
-    "learning_rate": 1.0e-3,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-}
-GRPO = COMMON | {
-    "num_prompts": 8,
-    "per_device_train_batch_size": 8,
-    "num_generations": 4,
-    "max_completion_length": 48,
-    "rewards": {"correctness": 1.0, "format": 0.2, "tool_use": 0.1, "efficiency": 0.1},
-}
-DPO = COMMON | {"num_pairs": 16, "per_device_train_batch_size": 4, "max_length": 512}
+from tiny_runs import DPO, GRPO, ROOT, save_agent
 
 pytestmark = pytest.mark.smoke
 
@@ -44,14 +21,7 @@ pytestmark = pytest.mark.smoke
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    texts = [
-        json.dumps(TASKS[name].example(seed, "train")) for name in ("calculator", "tic_tac_toe") for seed in range(50)
-    ]
-    tokenizer = train_tokenizer(texts, vocab_size=512)
-    torch.manual_seed(0)
-    config = smallest_config(len(tokenizer), max_position_embeddings=512)
-    AdambaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_agent(folder)
     return folder
 
 

@@ -3,20 +3,24 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
+from adamba.training.checkpoints import fault
 from tiny_runs import DATA, ROOT, TRAIN, runner, save_hybrid, tensors, write_recipe
 
 pytestmark = pytest.mark.smoke
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+LAUNCH += ["--config_file", str(ROOT / "accelerate_configs/ddp_cpu.yaml")]
 
 
 def launch(folder: Path, script: str, *arguments: str) -> str:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    command += ["--config_file", str(ROOT / "accelerate_configs/ddp_cpu.yaml"), str(ROOT / "src" / script), *arguments]
+    command = [*LAUNCH, str(ROOT / "src" / script), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -56,3 +60,24 @@ def test_evaluation_shares_the_episodes(trained: Path, monkeypatch: pytest.Monke
     assert one.keys() == two.keys() and "loss_rate_tic_tac_toe_perfect" in two
     for key in one.keys() - {"eval_seconds"}:
         assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key
+
+
+def test_a_signal_to_the_launcher_and_its_processes_saves_first(trained: Path) -> None:
+    """As SLURM sends it, to all of them; the launcher passes it on, so the training processes hear it twice."""
+    write_recipe(
+        trained / "long.yaml", TRAIN | {"model_name_or_path": "hybrid", "max_steps": 10**6, "logging_steps": 1}
+    )
+    command = [*LAUNCH, str(ROOT / "src/run_pretrain.py"), "long.yaml", "--output_dir", "long"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=trained, env=environment, **pipes) as launcher:
+        said = []
+        for line in launcher.stdout:
+            said.append(line)
+            if "'loss'" in line and not any("'loss'" in before for before in said[:-1]):
+                launched = psutil.Process(launcher.pid)
+                for process in [*launched.children(recursive=True), launched]:
+                    process.send_signal(signal.SIGTERM)
+    assert launcher.returncode != 0 and "stopped by SIGTERM after step" in "".join(said), said
+    (checkpoint,) = (trained / "long.trainer").glob("*/checkpoint-*")
+    assert fault(checkpoint) is None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from adamba.training import interruptions
 from adamba.training.checkpoints import fault
 from adamba.training.session import train
 from models import hybrid
@@ -64,8 +65,8 @@ def test_sigusr1_saves_and_goes_on(make_trainer, tmp_path: Path) -> None:
     assert saved.name == "checkpoint-2" and fault(saved) is None
 
 
-def test_a_second_signal_does_not_wait(make_trainer, tmp_path: Path) -> None:
-    trainer = make_trainer(hybrid(0), **SETTINGS)
+def two_signals(trainer) -> None:
+    """In its first step."""
     original = trainer.training_step
 
     def twice(*args, **kwargs):
@@ -75,9 +76,28 @@ def test_a_second_signal_does_not_wait(make_trainer, tmp_path: Path) -> None:
         return original(*args, **kwargs)
 
     trainer.training_step = twice
+
+
+@pytest.mark.parametrize("launcher", [False, True])
+def test_a_second_signal_does_not_wait(launcher: bool, make_trainer, tmp_path: Path, monkeypatch) -> None:
+    if launcher:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        monkeypatch.setattr(interruptions, "ECHO_SECONDS", 0.01)
+    trainer = make_trainer(hybrid(0), **SETTINGS)
+    two_signals(trainer)
     with pytest.raises(KeyboardInterrupt):
         train(trainer)
     assert not list((tmp_path / "trainer").glob("checkpoint-*"))
+
+
+def test_a_launchers_echo_of_a_signal_is_the_same_signal(make_trainer, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    trainer = make_trainer(hybrid(0), **SETTINGS)
+    two_signals(trainer)
+    with pytest.raises(SystemExit) as stopped:
+        train(trainer)
+    assert stopped.value.code == 128 + signal.SIGINT
+    assert fault(tmp_path / "trainer/checkpoint-1") is None
 
 
 def test_a_signal_in_the_last_step_lets_the_run_finish(make_trainer) -> None:

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from adamba.errors import UserError
 from adamba.training import session
+from adamba.training.checkpoints import seal
+from adamba.training.lora import LoraArguments, peft_config
 from adamba.training.session import train
 from models import hybrid
 
@@ -41,6 +45,48 @@ def test_a_run_stopped_after_its_last_step_is_not_trained_further(make_trainer) 
     assert again["train_loss"] == pytest.approx(first["train_loss"], rel=1e-3)
     for name, tensor in trained.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("saved", "here"), [("FSDP", None), (None, "FSDP"), (None, "deepspeed"), ("ZeRO-3", None)])
+def test_what_was_trained_under_another_sharding_is_published(saved, here, make_trainer, tmp_path: Path) -> None:
+    """Stopped before it was published: nothing is left to train, so how its state was spread does not matter."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trained = hybrid(0)
+    train(make_trainer(trained, **settings))
+    checkpoint = tmp_path / "trainer/checkpoint-2"
+    if saved == "FSDP":
+        (checkpoint / "pytorch_model_fsdp.bin").touch()
+    elif saved is not None:
+        (checkpoint / "global_step2").mkdir()
+        (checkpoint / "global_step2/zero_pp_rank_1_mp_rank_00_optim_states.pt").touch()
+    seal(checkpoint)
+    trainer = make_trainer(hybrid(0), **settings)  # which has learned nothing
+    trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = here == "FSDP", here == "deepspeed"
+    assert train(trainer)["train_steps"] == 2
+    (tmp_path / "published").mkdir()
+    trainer.save_model(str(tmp_path / "published"))
+    published = load_file(tmp_path / "published/model.safetensors")
+    assert published and all(torch.equal(tensor, trained.state_dict()[name]) for name, tensor in published.items())
+    assert not list((tmp_path / "published").glob("*.pt")) and (tmp_path / "published/config.json").is_file()
+
+
+def test_adapters_of_a_finished_run_are_published_by_one_process(make_trainer, tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+
+    def adapted() -> PeftModel:
+        return get_peft_model(hybrid(0), peft_config(LoraArguments(use_peft=True, lora_r=2)))
+
+    trained, model = adapted(), adapted()
+    train(make_trainer(trained, **settings))
+    (tmp_path / "trainer/checkpoint-2/pytorch_model_fsdp.bin").touch()
+    seal(tmp_path / "trainer/checkpoint-2")
+    train(make_trainer(model, **settings))
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    trainer = make_trainer(adapted(), **settings)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(UserError, match="checkpoint-2 ends this run, .* one process publishes it"):
+        train(trainer)
 
 
 def test_a_resumed_run_measures_its_own_steps(make_trainer, tmp_path: Path, monkeypatch) -> None:

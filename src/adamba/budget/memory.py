@@ -26,23 +26,26 @@ def memory_gib(phase: PlannedPhase, num_gpus: int | None = None) -> dict[str, fl
     if phase.is_surgery:
         return {}
     launch, total, trained = phase.launch, phase.num_parameters, phase.num_trained
-    half = launch.deepspeed or phase.values.get("dtype") in ("bfloat16", "float16")
-    width = 2 if half else 4
+    loaded = 2 if launch.deepspeed or phase.values.get("dtype") in ("bfloat16", "float16") else 4  # bytes of a weight
+    # accelerate's FSDP computes in the mixed precision, and keeps whatever learns in fp32 (`fsdp2_prepare_model`).
+    mixed_fsdp = launch.fsdp and bool(phase.values.get("bf16") or phase.values.get("fp16"))
+    learned, computed = (4, 2) if mixed_fsdp else (loaded, loaded)
     processes = launch.num_processes if num_gpus is None else num_gpus
 
     def held(shards: int) -> float:
         """The part of something sharded that stays on each GPU."""
         return 1 / processes if shards > 1 else 1.0
 
-    state = 4 if phase.values.get("use_muon") else 8
-    if half and launch.deepspeed:
+    moment = 4 if launch.deepspeed else learned  # torch keeps moments as it keeps the weights
+    state = moment if phase.values.get("use_muon") else 2 * moment
+    if launch.deepspeed:
         state += 4  # fp32 master weights
-    weights = width * total * held(launch.parameter_shards)
-    gradients = width * trained * held(launch.gradient_shards)
+    weights = (loaded * (total - trained) + learned * trained) * held(launch.parameter_shards)
+    gradients = learned * trained * held(launch.gradient_shards)
     if launch.deepspeed:
         gradients += BUCKET_BYTES
     elif processes > 1 and launch.parameter_shards == 1:
-        gradients += width * trained  # DDP's buckets hold them a second time
+        gradients += learned * trained  # DDP's buckets hold them a second time
     kept = {
         "weights": 0.0 if launch.offloads_parameters else weights,
         "gradients": gradients,
@@ -51,12 +54,12 @@ def memory_gib(phase: PlannedPhase, num_gpus: int | None = None) -> dict[str, fl
     tokens = int(phase.values.get("per_device_train_batch_size", 8)) * phase.length
     tokens *= 2 if phase.script == "run_dpo.py" else 1
     forward = {
-        "activations": activation_bytes(phase, tokens, width),
+        "activations": activation_bytes(phase, tokens, computed),
         "logits": logit_bytes(phase, tokens),
     }
     if float(phase.values.get("old_weight_lr_scale", 1.0)) < 1:
         # The optimizer step copies the weights, when activations are gone: the larger of the two counts.
-        copies = width * trained
+        copies = learned * trained
         if copies > sum(forward.values()):
             forward = {"activations": 0.0, "logits": 0.0, "copies of old weights": copies}
     return {name: value / GIB for name, value in (kept | forward).items()}

@@ -44,6 +44,7 @@ class Launch:
     optimizer_shards: int = 1
     offloads_optimizer: bool = False
     offloads_parameters: bool = False
+    fsdp: bool = False
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,8 @@ def read_launch(words: list[str]) -> Launch:
     count = int(config.get("num_processes", 1))
     deepspeed = config.get("deepspeed_config") or {}
     stage = int(deepspeed.get("zero_stage", 0))
-    if config.get("distributed_type") == "FSDP":
+    fsdp = config.get("distributed_type") == "FSDP"
+    if fsdp:
         stage = 3
     return Launch(
         num_processes=count,
@@ -216,4 +218,5 @@ def read_launch(words: list[str]) -> Launch:
         optimizer_shards=count if stage >= 1 else 1,
         offloads_optimizer=deepspeed.get("offload_optimizer_device", "none") != "none",
         offloads_parameters=deepspeed.get("offload_param_device", "none") != "none",
+        fsdp=fsdp,
     )

@@ -4,9 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig
 
 from adamba.errors import UserError
+from adamba.launch import is_true
 from adamba.rewards import REWARDS
 from adamba.tasks import ENVIRONMENTS
 from adamba.tasks.roles import ROLES, select_roles
@@ -56,6 +58,12 @@ class AgentConfig(SpendingCaps, HubKeys, GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        split = "FSDP" if is_true("ACCELERATE_USE_FSDP") else "ZeRO-3" if is_deepspeed_zero3_enabled() else None
+        if split is not None:  # each step of either is all processes' together, and they would wait for ever
+            raise UserError(
+                f"accelerate config: {split} splits the weights, but each process plays its own episodes to their own "
+                f"ends; use zero2.yaml, zero1.yaml or ddp.yaml"
+            )
         for name in ("num_prompts", "max_turns", "num_parallel_games"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} must be 1 or more")

@@ -8,7 +8,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
@@ -20,7 +19,6 @@ from adamba.training.conversations import Conversations, fits
 
 UNREADABLE = "unreadable_call"
 TOKENS = "num_generated_tokens"
-PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # each rank has the whole model
 
 
 class AgentGRPOTrainer(GRPOTrainer):
@@ -54,7 +52,7 @@ class AgentGRPOTrainer(GRPOTrainer):
             self._conversations = None
 
     def _can_keep_caches(self) -> bool:
-        """Whether `Conversations` decodes as `generate` would: our model whole on each rank, plain sampling."""
+        """Whether `Conversations` decodes as `generate` would: our model (whole by `AgentConfig`), plain sampling."""
         if self.use_vllm or self.use_transformers_continuous_batching or self.args.generation_kwargs:
             return False
         model = self.accelerator.unwrap_model(self.model)
@@ -63,7 +61,7 @@ class AgentGRPOTrainer(GRPOTrainer):
             return False
         if any(getattr(model.generation_config, key, None) is not None for key in OPTIONS):
             return False
-        return self.repetition_penalty == 1.0 and self.accelerator.distributed_type in PLAIN
+        return self.repetition_penalty == 1.0
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         if self._conversations is None:

@@ -104,6 +104,7 @@ def seal_what_is_saved(trainer: Trainer) -> None:
         if trainer.is_world_process_zero():
             best = trainer.state.best_model_checkpoint
             rotate_checkpoints(trainer.args.output_dir, limit, best_model_checkpoint=best, use_mtime=True)
+        trainer.accelerator.wait_for_everyone()  # a launcher kills the first process once another one has ended
 
     trainer._save_checkpoint = save
 
@@ -136,6 +137,30 @@ def differences(folder: Path, record: Mapping[str, Any]) -> list[str] | None:
     return found
 
 
+def refuse_foreign(given: Any, own: Path) -> Path | None:
+    """
+    What the recipe's `resume_from_checkpoint` names, if anything; it must be of the run whose folder is `own`.
+
+    Raises:
+        UserError: no such folder, or one of another run, its differences listed.
+    """
+    if given in (None, True, "true", "True"):
+        return None
+    named = Path(given)
+    if not named.is_dir():
+        raise UserError(f"resume_from_checkpoint: {given}: no such folder")
+    try:
+        record = json.loads((own / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = {}
+    found = differences(named.parent if named.name.startswith("checkpoint-") else named, record)
+    if found is None:
+        raise UserError(f"resume_from_checkpoint: {given} does not say which run it is of; only this project's do")
+    if found:
+        raise UserError(f"resume_from_checkpoint: {given} is of another run ({'; '.join(found)})")
+    return named
+
+
 def checkpoint_to_resume(trainer: Trainer) -> str | None:
     """
     Where this run goes on: the checkpoint, or folder of checkpoints, that the recipe's `resume_from_checkpoint` names,
@@ -147,22 +172,10 @@ def checkpoint_to_resume(trainer: Trainer) -> str | None:
     own = Path(trainer.args.output_dir)
     trainer.accelerator.wait_for_everyone()  # the first process may still be signing the folder
     given = trainer.args.resume_from_checkpoint
-    if given in (None, True, "true", "True"):
+    named = refuse_foreign(given, own)
+    if named is None:
         return last_checkpoint(own)
-    named = Path(given)
-    if not named.is_dir():
-        raise UserError(f"resume_from_checkpoint: {given}: no such folder")
-    is_one = named.name.startswith("checkpoint-")
-    try:
-        record = json.loads((own / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = {}
-    found = differences(named.parent if is_one else named, record)
-    if found is None:
-        raise UserError(f"resume_from_checkpoint: {given} does not say which run it is of; only this project's do")
-    if found:
-        raise UserError(f"resume_from_checkpoint: {given} is of another run ({'; '.join(found)})")
-    if not is_one:
+    if not named.name.startswith("checkpoint-"):
         checkpoint = last_checkpoint(named)
         if checkpoint is None:
             raise UserError(f"resume_from_checkpoint: {given} has no whole checkpoint in it")

@@ -1,7 +1,9 @@
 """SIGTERM and SIGINT end a run after its present step, with a checkpoint; SIGUSR1 saves one and goes on."""
 
 import logging
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -13,18 +15,22 @@ logger = logging.getLogger("adamba")
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 NOTHING, SAVE, STOP = 0, 1, 2
+# torchrun hands a signal on to its processes, which a scheduler has told already: within this it is the same.
+ECHO_SECONDS = 5.0
 
 
 class Interruptions(TrainerCallback):
     """
     Notes signals and acts on them between two steps. A signal to any process counts for all: they save together and
-    stop after the same step. A second SIGTERM or SIGINT ends the process at once.
+    stop after the same step. A second SIGTERM or SIGINT ends the process at once, unless it is a launcher's echo of the
+    first.
     """
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.wanted = NOTHING
         self.stopped_by: signal.Signals | None = None
+        self._first_stop: float | None = None  # when it came
         self._previous: dict[signal.Signals, object] = {}
 
     @contextmanager
@@ -41,9 +47,12 @@ class Interruptions(TrainerCallback):
         if number == signal.SIGUSR1:
             self.wanted = max(self.wanted, SAVE)
             return
-        self.wanted, self.stopped_by = STOP, signal.Signals(number)
-        for stopping in STOPPING:
-            signal.signal(stopping, self._previous[stopping])  # type: ignore[arg-type]
+        if self._first_stop is None:
+            self.wanted, self.stopped_by, self._first_stop = STOP, signal.Signals(number), time.monotonic()
+        elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self._first_stop > ECHO_SECONDS:
+            for stopping in STOPPING:
+                signal.signal(stopping, self._previous[stopping])  # type: ignore[arg-type]
+            signal.raise_signal(number)
 
     def on_step_end(self, args, state, control, **kwargs):
         wanted = self._agreed()

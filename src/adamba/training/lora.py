@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from adamba.errors import UserError
 from adamba.model.layers_adamba import ElasticLinear
@@ -73,5 +75,13 @@ class ElasticLoraLinear(LoraLinear):
 
 def merge_adapters(trainer: Trainer) -> None:
     """Fold the adapters into the weights, so that what is published is a plain checkpoint of the same architecture."""
-    if isinstance(trainer.model, PeftModel):
-        trainer.model = trainer.model.merge_and_unload()
+    if not isinstance(trainer.model, PeftModel):
+        return
+    if is_deepspeed_zero3_enabled():
+        from deepspeed.runtime.zero import GatheredParameters
+
+        for module in trainer.model.modules():
+            if isinstance(module, LoraLayer):  # one at a time: all of them may not fit on one device
+                with GatheredParameters(list(module.parameters()), modifier_rank=0):
+                    module.merge()
+    trainer.model = trainer.model.merge_and_unload()

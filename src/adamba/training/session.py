@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -23,7 +24,7 @@ from adamba.publish import publish, trainer_dir
 from adamba.recipe import Recipe
 from adamba.secrets_kept import RedactingFilter
 from adamba.training.caps import SpendingCaps, StopAtCap, refuse_used_up
-from adamba.training.checkpoints import checkpoint_to_resume, differences, seal_what_is_saved, sign
+from adamba.training.checkpoints import checkpoint_to_resume, differences, refuse_foreign, seal_what_is_saved, sign
 from adamba.training.interruptions import Interruptions
 from adamba.training.sharding import (
     copy_model,
@@ -32,6 +33,7 @@ from adamba.training.sharding import (
     num_weights,
     readable_checkpoint,
     save_whole,
+    saved_by,
 )
 
 logger = logging.getLogger("adamba")
@@ -43,8 +45,8 @@ def start(args: TrainingArguments, recipe: Recipe, inputs: Mapping[str, str]) ->
     named, where `finish` publishes.
 
     Raises:
-        UserError: what would only show after hours: no output_dir, a cap that is used up, a Hub that cannot be
-            written to.
+        UserError: what would only show after hours: no output_dir, a checkpoint of another run, a cap that is used up,
+            a Hub that cannot be written to.
     """
     setup_logging(is_main_process=args.process_index == 0)
     set_seed(args.seed)
@@ -73,6 +75,7 @@ def start(args: TrainingArguments, recipe: Recipe, inputs: Mapping[str, str]) ->
                 logger.info("starting anew; %s is of another run (%s)", other, "; ".join(found))
         if args.save_strategy != "no" or args.resume_from_checkpoint:
             sign(folder, record)
+        refuse_foreign(args.resume_from_checkpoint, folder)
     refuse_used_up(args)
     args.hub_target = hub_target(args, published) if args.process_index == 0 else None
     args.push_to_hub = False  # the Trainer's own push sends every checkpoint; `finish` sends what is published
@@ -179,7 +182,15 @@ def train(trainer: Trainer) -> dict[str, float]:
 
 def _take_over(trainer: Trainer, checkpoint: str, saved: TrainerState) -> dict[str, float]:
     """A run that was stopped after its last step but before it was published. `Trainer.train` would do a step more."""
-    if is_sharded(trainer):  # its model is whole in the checkpoint, and nowhere else before `trainer.train()`
+    by_fsdp = saved_by(Path(checkpoint))[0] == "FSDP"  # the Trainer would read it under FSDP only
+    if isinstance(trainer.model, PeftModel) and is_sharded(trainer):
+        raise UserError(
+            f"resume_from_checkpoint: {checkpoint} ends this run, and sharding takes no adapters without training; "
+            f"one process publishes it, with a per_device_train_batch_size of the same rows per step"
+        )
+    if isinstance(trainer.model, PeftModel) and by_fsdp:
+        trainer.model.load_adapter(checkpoint, trainer.model.active_adapter, is_trainable=True)
+    elif is_sharded(trainer) or by_fsdp:  # the model is whole in the checkpoint, and sharded nowhere else yet
         trainer.save_model = lambda folder: copy_model(trainer, checkpoint, folder)
     else:
         trainer._load_from_checkpoint(checkpoint)

@@ -34,14 +34,15 @@ def is_sharded(trainer: Trainer) -> bool:
 def save_whole(trainer: Trainer) -> None:
     """
     From now on this Trainer writes the same files however its model is spread. Left to itself, ZeRO-1 and ZeRO-2
-    write a tied head beside the embedding, and FSDP2, which makes a class of its own, puts torch's source files in
-    place of the model's and its class into config.json.
+    write a tied head beside the embedding; DeepSpeed's engine names weights as before adapters were merged; and FSDP2,
+    which makes a class of its own, puts torch's source files in place of the model's and its class into config.json.
     """
     write = trainer._save
 
     def save(output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = trainer.accelerator.unwrap_model(trainer.model)
         if state_dict and isinstance(model, PreTrainedModel):
+            state_dict = {name.removeprefix("base_model.model."): tensor for name, tensor in state_dict.items()}
             tied = {name for name, source in model.all_tied_weights_keys.items() if source in state_dict}
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         with _own_class(model):

@@ -1,0 +1,105 @@
+"""DPO and GRPO in two processes (gloo) by the sharding files of `accelerate_configs/`: they train and publish."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import run_dpo  # noqa: F401  before the forks: each of them would import it anew
+import run_grpo
+from adamba.model import AdambaForCausalLM
+from adamba.training.checkpoints import fault
+from adamba.training.sharding import saved_by
+from processes import assert_close, checkpoints, largest_difference, launch
+from test_sharding import SAVED_BY
+from tiny_runs import DPO, GRPO, save_agent, write_recipe
+
+SAVING = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+LORA = ("--use_peft", "true", "--lora_r", "4", "--learning_rate", "0.01")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`dpo.yaml`, `grpo.yaml`, the model that they train, and what one process makes of the first, with LoRA too."""
+    folder = tmp_path_factory.mktemp("agents")
+    save_agent(folder / "model")
+    for name, recipe in (("dpo", DPO), ("grpo", GRPO)):
+        recipe = {key: value for key, value in recipe.items() if key != "per_device_train_batch_size"}
+        write_recipe(folder / f"{name}.yaml", recipe | SAVING | {"model_name_or_path": str(folder / "model")})
+    for name, options in (("one", ()), ("one_lora", LORA)):
+        launch(1, folder, folder / "dpo.yaml", "--output_dir", folder / name, *options, script="run_dpo.py")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def compiled_here(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
+
+
+@pytest.mark.parametrize("config", ["zero2", "zero3", "fsdp2"])
+def test_sharded_dpo_is_dpo(folder: Path, config: str, tmp_path: Path) -> None:
+    if config.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is for Linux")
+    out = tmp_path / "out"
+    launch(2, tmp_path, folder / "dpo.yaml", "--output_dir", out, config=config, script="run_dpo.py")
+    assert largest_difference(folder / "one", out) <= 1e-5
+    assert_close(folder / "one", out)
+    assert_published(out, config, folder / "one")
+
+
+@pytest.mark.parametrize("config", ["zero2", "zero3", "fsdp2"])
+def test_adapters_are_merged_into_what_is_published(folder: Path, config: str, tmp_path: Path) -> None:
+    if config.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is for Linux")
+    out = tmp_path / "out"
+    launch(2, tmp_path, folder / "dpo.yaml", "--output_dir", out, *LORA, config=config, script="run_dpo.py")
+    assert largest_difference(folder / "one_lora", out) <= 1e-5
+    assert_close(folder / "one_lora", out)
+    with pytest.raises(AssertionError):
+        assert_close(folder / "model", out)
+    assert_published(out, config, folder / "one_lora")
+
+
+def assert_published(out: Path, config: str, plain: Path) -> None:
+    """What was saved under way is whole and sharded; what is published is what one process publishes."""
+    for step in (2, 3):
+        checkpoint = checkpoints(out) / f"checkpoint-{step}"
+        assert fault(checkpoint) is None and saved_by(checkpoint) == SAVED_BY[config]
+    assert {path.name for path in out.iterdir()} == {path.name for path in plain.iterdir()}
+    _, report = AdambaForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values()), report
+
+
+def uneven_rewards(rewards):
+    """A random model's episodes all score alike; these do not."""
+
+    def uneven(completions, **_) -> list[float]:
+        return [float(len(json.dumps(completion)) % 7) for completion in completions]
+
+    return [uneven], [1.0]
+
+
+def test_grpo_under_zero2_is_grpo(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is for Linux")
+    monkeypatch.setattr(run_grpo, "select_rewards", uneven_rewards)
+    for config in ("ddp_cpu", "zero2"):
+        where = ("--output_dir", tmp_path / config)
+        launch(2, tmp_path, folder / "grpo.yaml", *where, config=config, rows=8, script="run_grpo.py")
+    assert largest_difference(tmp_path / "ddp_cpu", tmp_path / "zero2") <= 1e-5
+    assert_close(tmp_path / "ddp_cpu", tmp_path / "zero2")
+    with pytest.raises(AssertionError):
+        assert_close(folder / "model", tmp_path / "zero2")
+    assert_published(tmp_path / "zero2", "zero2", tmp_path / "ddp_cpu")
+
+
+@pytest.mark.parametrize(("config", "split"), [("zero3", "ZeRO-3"), ("fsdp2", "FSDP")])
+def test_episodes_of_their_own_length_need_whole_weights(
+    folder: Path, config: str, split: str, tmp_path: Path
+) -> None:
+    if config.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is for Linux")
+    message = f"accelerate config: {split} splits the weights, .* use zero2.yaml, zero1.yaml or ddp.yaml"
+    with pytest.raises(AssertionError, match=message):
+        where = ("--output_dir", tmp_path / "out")
+        launch(2, tmp_path, folder / "grpo.yaml", *where, config=config, rows=8, script="run_grpo.py")
+    assert not (tmp_path / "out.trainer").exists(), "it is refused before anything is written"
