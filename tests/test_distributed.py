@@ -8,14 +8,12 @@ import json
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from adamba.model import AdambaForCausalLM
-from adamba.training import checkpoints as sealing
 from adamba.training.pretraining import PretrainTrainer
 from processes import (
     STEPS,
@@ -72,18 +70,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(ran: Path, tmp_p
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *args, **kwargs)
 
-    def slow_seal(checkpoint: Path, seal=sealing.seal) -> None:
-        time.sleep(1)
-        seal(checkpoint)
-
-    def outlasting(self, *args, train=PretrainTrainer.train, **kwargs):
-        train(self, *args, **kwargs)
-        sealed = Path(self.args.output_dir, "checkpoint-4/complete.json").is_file()
-        assert sealed, "a process that ends before the seal takes the first one with it: launchers kill the rest"
-
     monkeypatch.setattr(PretrainTrainer, "training_step", interrupted)  # the forks inherit it
-    monkeypatch.setattr(PretrainTrainer, "train", outlasting)
-    monkeypatch.setattr(sealing, "seal", slow_seal)
     with pytest.raises(AssertionError, match=r"\[143, 143\]"):
         launch(2, tmp_path, ran / "recipe.yaml", "--output_dir", tmp_path / "out", config="ddp_cpu")
     assert (checkpoints(tmp_path / "out") / "checkpoint-4/complete.json").is_file()

@@ -104,7 +104,6 @@ def seal_what_is_saved(trainer: Trainer) -> None:
         if trainer.is_world_process_zero():
             best = trainer.state.best_model_checkpoint
             rotate_checkpoints(trainer.args.output_dir, limit, best_model_checkpoint=best, use_mtime=True)
-        trainer.accelerator.wait_for_everyone()  # a launcher kills the first process once another one has ended
 
     trainer._save_checkpoint = save
 

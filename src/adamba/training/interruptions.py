@@ -22,8 +22,8 @@ ECHO_SECONDS = 5.0
 class Interruptions(TrainerCallback):
     """
     Notes signals and acts on them between two steps. A signal to any process counts for all: they save together and
-    stop after the same step. A second SIGTERM or SIGINT ends the process at once, unless it is a launcher's echo of
-    the first.
+    stop after the same step. A second SIGTERM or SIGINT ends the process at once, unless a launcher echoes the
+    first.
     """
 
     def __init__(self, trainer: Trainer):
