@@ -82,6 +82,12 @@ def test_weights_of_widths_are_checked() -> None:
         ElasticArguments(num_sampled_widths=2, distill=False)
     with pytest.raises(UserError, match="width_weights: 'tiny' is no level of the model; use ghost, normal, think"):
         draw(CONFIG, ElasticArguments(width_weights={"tiny": 1.0}), 0, 0, 0)
+    with pytest.raises(UserError, match="width_loss_weights: ghost=-1 must not be negative"):
+        ElasticArguments(width_loss_weights={"ghost": -1})
+    model, chosen = hybrid(1), Draw({}, exit_layers=[], exit_level=None)
+    args = ElasticArguments(width_loss_weights={"tiny": 1.0})
+    with pytest.raises(UserError, match="width_loss_weights: 'tiny' is no level of the model"):
+        elastic_loss(model, model, labelled(1), args, chosen, 10, Tally())
 
 
 def test_a_sliced_checkpoint_is_not_trained_elastically() -> None:
@@ -97,7 +103,9 @@ def test_a_sliced_checkpoint_is_not_trained_elastically() -> None:
 def test_the_loss_is_the_sum_of_its_formulas(distill: bool, exits_at_width: bool) -> None:
     model, inputs = hybrid(1), labelled(1)
     labels, ids = inputs["labels"], inputs["input_ids"]
-    args = ElasticArguments(elastic=True, distill=distill, distill_weight=0.7, exit_loss_weight=0.4)
+    args = ElasticArguments(
+        elastic=True, distill=distill, distill_weight=0.7, exit_loss_weight=0.4, width_loss_weights={"ghost": 1.5}
+    )
     layer, width = model.config.gate_layers[1], model.config.width_levels["ghost"]
     chosen = Draw({0: width}, exit_layers=[layer], exit_level=0 if exits_at_width else None)
     counted = labels[:, 1:] != -100
@@ -109,7 +117,7 @@ def test_the_loss_is_the_sum_of_its_formulas(distill: bool, exits_at_width: bool
 
     full = model(ids, use_cache=False, exit_hidden_layers=[layer], output_gates=True)
     narrow = model(ids, use_cache=False, width=width, exit_hidden_layers=[layer], output_gates=True)
-    expected = mean_loss(narrow.logits)
+    expected = 1.5 * mean_loss(narrow.logits)
     if distill:
         log_p, log_q = (logits[:, :-1][counted].log_softmax(-1) for logits in (full.logits, narrow.logits))
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()

@@ -3,7 +3,7 @@ Elastic training: sampled widths in each micro-batch beside the full one, early 
 
 For a micro-batch with full-depth logits `z`, logits `z_w` at each sampled width, and `z_e` at a sampled exit:
 
-    loss = CE(z) + sum over w of [CE(z_w) + a KL(z || z_w) + c BCE(router, w is enough)]
+    loss = CE(z) + sum over w of [b_w CE(z_w) + a KL(z || z_w) + c BCE(router, w is enough)]
            + b_e CE(z_e) + BCE(gate_e, argmax z_e = argmax z)
 
 Gates and router see detached states only. See MatFormer (Devvrit et al., 2023) for the sampled sub-networks and
@@ -37,6 +37,10 @@ class ElasticArguments:
         default=None,
         metadata={"help": "Level name -> weight of being sampled. Default: each one step heavier than the last."},
     )
+    width_loss_weights: dict[str, float] | None = field(
+        default=None,
+        metadata={"help": "Level name -> weight of its loss when it is sampled below the full width. Default: 1."},
+    )
     num_sampled_widths: int = field(
         default=1, metadata={"help": "Widths below the full one trained in each micro-batch; each costs a pass."}
     )
@@ -54,9 +58,10 @@ class ElasticArguments:
     )
 
     def __post_init__(self) -> None:
-        for name, weight in (self.width_weights or {}).items():
-            if weight < 0:
-                raise UserError(f"width_weights: {name}={weight} must not be negative")
+        for key in ("width_weights", "width_loss_weights"):
+            for name, weight in (getattr(self, key) or {}).items():
+                if weight < 0:
+                    raise UserError(f"{key}: {name}={weight} must not be negative")
         if self.num_sampled_widths < 1:
             raise UserError(f"num_sampled_widths: {self.num_sampled_widths} must be 1 or more")
         if self.num_sampled_widths > 1 and not self.distill:
@@ -75,6 +80,20 @@ class Draw:
     exit_level: int | None
 
 
+def by_level(config: AdambaConfig, key: str, named: dict[str, float] | None, otherwise: float) -> list[float]:
+    """A recipe's weights of named levels, in the order of the model's levels.
+
+    Raises:
+        UserError: a name that is no level.
+    """
+    unknown = set(named or {}) - set(config.width_levels)
+    if unknown:
+        raise UserError(
+            f"{key}: {sorted(unknown)[0]!r} is no level of the model; use {', '.join(config.width_levels)}"
+        )
+    return [(named or {}).get(name, otherwise) for name in config.width_levels]
+
+
 def draw(config: AdambaConfig, args: ElasticArguments, seed: int, step: int, micro_step: int) -> Draw:
     """The same on every rank and after every restart: it depends on nothing but the arguments."""
     if any(width != config.hidden_size for width in config.attention_widths):
@@ -83,10 +102,7 @@ def draw(config: AdambaConfig, args: ElasticArguments, seed: int, step: int, mic
     names = list(config.width_levels)
     weights = [float(rank + 1) for rank in range(len(names))]
     if args.width_weights is not None:
-        unknown = set(args.width_weights) - set(names)
-        if unknown:
-            raise UserError(f"width_weights: {sorted(unknown)[0]!r} is no level of the model; use {', '.join(names)}")
-        weights = [args.width_weights.get(name, 0.0) for name in names]
+        weights = by_level(config, "width_weights", args.width_weights, otherwise=0.0)
     full_level = len(names) - 1
     if args.distill:
         weights[-1] = 0.0  # the full width runs anyway
@@ -152,6 +168,7 @@ def elastic_loss(
     inputs = dict(inputs)
     labels = inputs.pop("labels")
     counted = labels[:, 1:] != IGNORED
+    level_weights = by_level(plain.config, "width_loss_weights", args.width_loss_weights, otherwise=1.0)
     loss = torch.zeros((), device=labels.device)
     full = observed = None
     if args.distill or not chosen.widths:
@@ -164,7 +181,7 @@ def elastic_loss(
     for level, width in chosen.widths.items():
         exits = chosen.exit_layers if chosen.exit_level == level else []
         narrow, output = run_to_head(model, plain, inputs, labels, exits, full, width=width, output_gates=True)
-        loss = loss + narrow.losses.sum() / num_items
+        loss = loss + level_weights[level] * narrow.losses.sum() / num_items
         tally.add(f"loss_width_{width}", narrow.losses, counted.sum())
         if chosen.exit_level == level:
             observed = (narrow, output)
