@@ -9,6 +9,11 @@ Talk to a checkpoint in the terminal: it streams, shows its tool calls, and says
 /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.
 """
 
+from adamba.kept_help import print_kept_help
+
+if __name__ == "__main__":
+    print_kept_help()  # before the imports below, which take seconds
+
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field

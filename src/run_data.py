@@ -8,6 +8,11 @@ Look at the data before training on it.
     python src/run_data.py check recipes/phase5.yaml
 """
 
+from adamba.kept_help import KeepingParser, print_kept_help
+
+if __name__ == "__main__":
+    print_kept_help()  # before the imports below, which take seconds
+
 import argparse
 import dataclasses
 from pathlib import Path
@@ -38,7 +43,7 @@ CHECKED_ROWS = 20
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = KeepingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the registered datasets and tasks")
     for name, what in (("show", "rows as the model sees them, green where the loss is taken"), ("stats", "counts")):
@@ -83,9 +88,8 @@ def list_cards(options: argparse.Namespace) -> None:
 
 
 def make_renderer(options: argparse.Namespace, rows: list[dict[str, Any]]) -> Renderer:
-    if options.tokenizer is None:
-        return Renderer(look_tokenizer(rows))
-    return Renderer(load_tokenizer(ModelArguments(model_name_or_path=options.tokenizer)))
+    path = options.tokenizer
+    return Renderer(look_tokenizer(rows) if path is None else load_tokenizer(ModelArguments(model_name_or_path=path)))
 
 
 def show(options: argparse.Namespace, data_args: DataArguments) -> None:
@@ -122,9 +126,8 @@ def check(options: argparse.Namespace, data_args: DataArguments) -> None:
             dropped = f", {conversion.report()}" if conversion and conversion.dropped else ""
             console.print(f"[green]✓[/green] {source}: {len(rows)} rows read{dropped}")
     if problems:
-        raise UserError(
-            f"{options.target}: {len(problems)} of {len(data_args.mix)} sources cannot be read: {problems[0]}"
-        )
+        found = f"{len(problems)} of {len(data_args.mix)} sources cannot be read"
+        raise UserError(f"{options.target}: {found}: {problems[0]}")
 
 
 @user_errors()

@@ -5,6 +5,11 @@ Phase 6, offline: DPO on pairs of turns, the solver's against a wrong one, or on
     accelerate launch src/run_dpo.py recipes/tiny/phase6_dpo.yaml --mix pairs=1.0 --data_files pairs=pairs.jsonl
 """
 
+from adamba.kept_help import print_kept_help
+
+if __name__ == "__main__":
+    print_kept_help()  # before the imports below, which take seconds
+
 from dataclasses import dataclass, field
 from pathlib import Path
 

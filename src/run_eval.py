@@ -7,6 +7,11 @@ into its metrics.json.
         --calibrate risk=0.01,confidence=0.95
 """
 
+from adamba.kept_help import print_kept_help
+
+if __name__ == "__main__":
+    print_kept_help()  # before the imports below, which take seconds
+
 import itertools
 import time
 from dataclasses import dataclass, field
@@ -81,11 +86,7 @@ def main() -> None:
     for source in data_args.mix:
         stream = load_mixture({source: 1.0}, **data_args.mixture_options("test"))
         packed = pack_rows(
-            stream,
-            tokenizer,
-            args.max_length,
-            assistant_only_loss=args.assistant_only_loss,
-            documents_per_batch=256,
+            stream, tokenizer, args.max_length, assistant_only_loss=args.assistant_only_loss, documents_per_batch=256
         )
         rows[source] = list(itertools.islice(packed, num_rows))
         if not rows[source]:

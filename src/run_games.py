@@ -5,6 +5,11 @@ swapped. The figures go into its metrics.json, transcripts into its games.json; 
     python src/run_games.py recipes/games/eval.yaml --model_name_or_path checkpoints/games/plan_path_1_sft
 """
 
+from adamba.kept_help import print_kept_help
+
+if __name__ == "__main__":
+    print_kept_help()  # before the imports below, which take seconds
+
 import json
 import time
 from dataclasses import dataclass, field

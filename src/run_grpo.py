@@ -7,6 +7,11 @@ recipe, AT-GRPO: a team plays, and candidates are compared inside their (instanc
     accelerate launch src/run_grpo.py recipes/games/plan_path_3_shared.yaml
 """
 
+from adamba.kept_help import print_kept_help
+
+if __name__ == "__main__":
+    print_kept_help()  # before the imports below, which take seconds
+
 import os
 from pathlib import Path
 

@@ -5,6 +5,11 @@ What a recipe family costs, before anything runs: tokens, FLOPs, hours, dollars 
     python src/run_plan.py recipes/tiny --gpu cpu --calibrate
 """
 
+from adamba.kept_help import KeepingParser, print_kept_help
+
+if __name__ == "__main__":
+    print_kept_help()  # before the imports below, which take seconds
+
 import argparse
 from pathlib import Path
 
@@ -16,7 +21,7 @@ from adamba.gpus import CPU, GPUS, find_gpu
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = KeepingParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", type=Path, help="folder of recipes")
     parser.add_argument("--gpu", default="h200", help=f"{', '.join([*GPUS, CPU])}; {CPU} needs --calibrate")
     parser.add_argument("--gpus", type=int, default=8, help="how many")

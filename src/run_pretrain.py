@@ -5,6 +5,11 @@ Train on packed rows: a base or an agent from scratch, and phases 1, 2, 3b and 4
     accelerate launch src/run_pretrain.py recipes/tiny/phase2.yaml --max_steps 10 --mix pydoc_topics=1.0
 """
 
+from adamba.kept_help import print_kept_help
+
+if __name__ == "__main__":
+    print_kept_help()  # before the imports below, which take seconds
+
 import itertools
 from pathlib import Path
 

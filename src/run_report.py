@@ -8,6 +8,11 @@ Put every phase's metrics in one place and draw them: reports/<family>/report.ht
 Nothing is trained or measured here: what a phase has not measured is shown as missing.
 """
 
+from adamba.kept_help import print_kept_help
+
+if __name__ == "__main__":
+    print_kept_help()  # before the imports below, which take a second
+
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path

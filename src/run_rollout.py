@@ -5,6 +5,11 @@ Play a checkpoint on tasks and write what happened: trajectories with success la
     python src/run_dpo.py recipes/tiny/phase6_dpo.yaml --mix pairs=1.0 --data_files pairs=rollouts/pairs.jsonl
 """
 
+from adamba.kept_help import print_kept_help
+
+if __name__ == "__main__":
+    print_kept_help()  # before the imports below, which take seconds
+
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -7,6 +7,11 @@ learns by itself, from the same conversations, which widths they need.
     accelerate launch src/run_sft.py recipes/router/router.yaml --router_budget 0.5
 """
 
+from adamba.kept_help import print_kept_help
+
+if __name__ == "__main__":
+    print_kept_help()  # before the imports below, which take seconds
+
 from adamba.data import log_mix
 from adamba.data.arguments import DataArguments
 from adamba.errors import UserError, user_errors

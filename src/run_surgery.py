@@ -9,6 +9,11 @@ States after every layer and logits are compared on real tokens, at every width;
 checkpoint goes from disk to disk, tensor by tensor (key `streaming`); killed and started again, it goes on.
 """
 
+from adamba.kept_help import print_kept_help
+
+if __name__ == "__main__":
+    print_kept_help()  # before the imports below, which take seconds
+
 import shutil
 import time
 from pathlib import Path

@@ -21,6 +21,7 @@ from trl import TrlParser
 
 from adamba.errors import UserError, one_line
 from adamba.fingerprint import fingerprint_code
+from adamba.kept_help import keep_help
 from adamba.launch import check_launch, check_precision
 from adamba.recipe_file import Recipe, read_recipe
 from adamba.recipe_values import contains, describe, fit, fit_text
@@ -99,6 +100,10 @@ class AdambaParser(TrlParser):
             help=field.metadata.get("help"),
         )
         return None
+
+    def print_help(self, file: Any = None) -> None:
+        super().print_help(file)
+        keep_help(self.format_help())
 
     def error(self, message: str) -> Any:
         raise UserError(f"command line: {message}")
