@@ -15,6 +15,9 @@ from runs import command, metrics_of, write_results
 FAMILY, LENGTH = "recipes/smollm2", 128
 FOLDERS = {phase: f"checkpoints/smollm2/{phase}" for phase in ("phase0", "phase1", "phase2")}
 
+NO_EPISODES = ("--num_episodes", "calculator=0", "--num_sweep_episodes", "calculator=0")
+KEYS = ("tokens_seen", "train_loss", "train_seconds", "num_parameters", "num_trainable_parameters", "eval_loss")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -30,27 +33,10 @@ def main() -> None:
             command("run_surgery.py", f"{FAMILY}/{phase}.yaml", "--num_check_rows", 2, *text)
         else:
             command("run_pretrain.py", f"{FAMILY}/{phase}.yaml", *text, *short, *quiet)
-        few = (
-            "--num_rows",
-            2,
-            "--batch_size",
-            2,
-            "--num_episodes",
-            "calculator=0",
-            "--num_sweep_episodes",
-            "calculator=0",
-        )
+        few = ("--num_rows", 2, "--batch_size", 2, *NO_EPISODES)
         command("run_eval.py", f"{FAMILY}/eval.yaml", "--model_name_or_path", folder, *text, *few)
         metrics = metrics_of(folder)
-        keys = (
-            "tokens_seen",
-            "train_loss",
-            "train_seconds",
-            "num_parameters",
-            "num_trainable_parameters",
-            "eval_loss",
-        )
-        row = {"phase": phase} | {key: metrics[key] for key in keys if key in metrics}
+        row = {"phase": phase} | {key: metrics[key] for key in KEYS if key in metrics}
         rows.append(
             row | {key: value for key, value in metrics.items() if key.startswith(("max_abs_", "eval_loss_width"))}
         )
