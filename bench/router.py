@@ -3,6 +3,7 @@ Does the width router beat every fixed width? Accuracy per FLOP of `width="auto"
 
     python bench/router.py                                          # after `make demo`; 20 minutes, mostly training
     python bench/router.py --checkpoint checkpoints/router/router   # one that is there already
+    python bench/router.py --exits --checkpoint checkpoints/tiny/phase5   # only where tokens leave; 2 minutes
 
 The agent is phase 5 of the tiny family, trained on until its narrow widths call tools too
 (`recipes/router/agent.yaml`), then its router alone (`recipes/router/router.yaml`). Three kinds of held-out prompts,
@@ -171,11 +172,17 @@ def bench_mixes(model: AdambaForCausalLM, tokenizer, count: int) -> list[dict]:
     ]
 
 
-def bench(path: str, count: int, max_new_tokens: int) -> list[dict]:
+def load(path: str):
+    """Model, tokenizer and exit threshold, of which the model itself is freed: widths are measured at full depth."""
     model, tokenizer = load_model_and_tokenizer(ModelArguments(model_name_or_path=path))
     model.eval()
     threshold = getattr(model.generation_config, "exit_threshold", None) or 0.95
-    model.generation_config.exit_threshold = None  # widths are measured at full depth
+    model.generation_config.exit_threshold = None
+    return model, tokenizer, threshold
+
+
+def bench(path: str, count: int, max_new_tokens: int) -> list[dict]:
+    model, tokenizer, threshold = load(path)
     kinds = prompts(count)
     results: list[dict] = []
     points = []
@@ -203,17 +210,23 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint", help="an agent with a trained router; default: train it from the tiny family's"
     )
+    parser.add_argument("--exits", action="store_true", help="only after which layers tokens leave; no router needed")
     parser.add_argument("--prompts", type=int, default=200, help="of each kind")
     parser.add_argument("--max-new-tokens", type=int, default=80)
     options = parser.parse_args()
     started = time.monotonic()
+    said = " ".join(["python bench/router.py", *sys.argv[1:]])
     checkpoint = options.checkpoint
+    if options.exits:
+        model, tokenizer, threshold = load(checkpoint or "checkpoints/tiny/phase5")
+        rows = bench_exits(model, tokenizer, prompts(options.prompts), options.max_new_tokens, threshold)
+        write_results("exits", rows, started, command=said, target="easy questions leave early, hard ones late")
+        return
     if checkpoint is None:
         for name in ("agent", "router"):
             command("run_sft.py", f"recipes/router/{name}.yaml", "--disable_tqdm", "true")
         checkpoint = "checkpoints/router/router"
     rows = bench(checkpoint, options.prompts, options.max_new_tokens)
-    said = " ".join(["python bench/router.py", *sys.argv[1:]])
     target = "auto above the line between the fixed widths, narrower where easy"
     write_results("router", rows, started, command=said, target=target)
 
