@@ -3,7 +3,7 @@ Does the width router beat every fixed width? Accuracy per FLOP of `width="auto"
 
     python bench/router.py                                          # after `make demo`; 20 minutes, mostly training
     python bench/router.py --checkpoint checkpoints/router/router   # one that is there already
-    python bench/router.py --exits --checkpoint checkpoints/tiny/phase5   # only where tokens leave; 2 minutes
+    python bench/router.py --exits --checkpoint checkpoints/tiny/phase5   # only where tokens leave; half a minute
 
 The agent is phase 5 of the tiny family, trained on until its narrow widths call tools too
 (`recipes/router/agent.yaml`), then its router alone (`recipes/router/router.yaml`). Three kinds of held-out prompts,

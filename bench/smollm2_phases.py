@@ -14,7 +14,6 @@ from runs import command, metrics_of, write_results
 
 FAMILY, LENGTH = "recipes/smollm2", 128
 FOLDERS = {phase: f"checkpoints/smollm2/{phase}" for phase in ("phase0", "phase1", "phase2")}
-
 NO_EPISODES = ("--num_episodes", "calculator=0", "--num_sweep_episodes", "calculator=0")
 KEYS = ("tokens_seen", "train_loss", "train_seconds", "num_parameters", "num_trainable_parameters", "eval_loss")
 

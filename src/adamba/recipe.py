@@ -21,7 +21,7 @@ from trl import TrlParser
 
 from adamba.errors import UserError, one_line
 from adamba.fingerprint import fingerprint_code
-from adamba.kept_help import keep_help
+from adamba.kept_help import KeepingParser
 from adamba.launch import check_launch, check_precision
 from adamba.recipe_file import Recipe, read_recipe
 from adamba.recipe_values import contains, describe, fit, fit_text
@@ -63,7 +63,7 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None, script: str
     return parser.parse_recipe(sys.argv[1:] if argv is None else list(argv), script or sys.argv[0])
 
 
-class AdambaParser(TrlParser):
+class AdambaParser(TrlParser, KeepingParser):
     """`TrlParser` with the recipe as first argument, no abbreviations and every value checked.
 
     Errors are `UserError`s of one line; nothing is written to stderr and nothing exits here, except `--help`.
@@ -100,10 +100,6 @@ class AdambaParser(TrlParser):
             help=field.metadata.get("help"),
         )
         return None
-
-    def print_help(self, file: Any = None) -> None:
-        super().print_help(file)
-        keep_help(self.format_help())
 
     def error(self, message: str) -> Any:
         raise UserError(f"command line: {message}")
