@@ -76,7 +76,7 @@ class AdambaParser(TrlParser, KeepingParser):
             hints = get_type_hints(dataclass_type)
             self.hints |= {field.name: hints[field.name] for field in dataclasses.fields(dataclass_type) if field.init}
         kwargs.setdefault("usage", "%(prog)s [recipe.yaml] [--key value ...]")
-        super().__init__(dataclass_types=dataclass_types, allow_abbrev=False, **kwargs)
+        super().__init__(dataclass_types=dataclass_types, allow_abbrev=False, **kwargs)  # type: ignore[call-arg]  # TRL's
         self.required = [action.dest for action in self._actions if action.required]
         for action in self._actions:
             action.required = False  # a recipe may give it; checked once both are read
