@@ -25,6 +25,7 @@ from adamba.training.caps import SpendingCaps
 from adamba.training.freezing import freeze_idle
 from adamba.training.hub_keys import HubKeys
 from adamba.training.lora import LoraArguments, merge_adapters, peft_config
+from adamba.training.optimizers import OptimizerMixin
 from adamba.training.session import finish, logger, measures, start, train
 
 
@@ -33,13 +34,34 @@ class PreferenceConfig(SpendingCaps, HubKeys, DPOConfig):
     """`DPOConfig` and how many pairs there are."""
 
     trust_remote_code: bool = field(default=False, init=False)  # the key is ModelArguments'
+    use_muon: bool = field(default=False, metadata={"help": "Muon for hidden matrices, AdamW for the rest."})
     num_pairs: int = field(default=4096, metadata={"help": "Pairs to learn from."})
+    distinct_pairs: bool = field(
+        default=False,
+        metadata={"help": "Keep each of them once, so that common turns do not crowd out the rare ones."},
+    )
+    imitated: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Sources of the mix that must not be forgotten: their worse turns are left out and the better "
+            "ones only imitated, by the sft term of loss_type. rewards/accuracies counts them as not preferred."
+        },
+    )
     num_eval_pairs: int = field(default=0, metadata={"help": "Held-out pairs for `eval_strategy`."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_pairs < 1:
             raise UserError(f"num_pairs: {self.num_pairs} must be 1 or more")
+        if self.imitated and "sft" not in self.loss_type:
+            raise UserError(
+                f"imitated: {self.imitated} teaches nothing with loss_type {self.loss_type}; "
+                "add sft, for instance loss_type: [sigmoid, sft]"
+            )
+
+
+class PreferenceTrainer(OptimizerMixin, DPOTrainer):
+    """`DPOTrainer` with the recipe's optimizer."""
 
 
 @user_errors()
@@ -53,14 +75,17 @@ def main() -> None:
     logger.info("mix: %s", log_mix(data_args.mix))
 
     options = {"settings": data_args.task_settings, "data_files": data_args.data_files, "seed": data_args.mix_seed}
-    rows = preference_rows(data_args.mix, args.num_pairs, split="train", **options)
+    rows = preference_rows(
+        data_args.mix, args.num_pairs, split="train", distinct=args.distinct_pairs, imitated=args.imitated, **options
+    )
+    logger.info("%d pairs", len(rows))
     held_out = None
     if args.num_eval_pairs:
         held_out = preference_rows(data_args.mix, args.num_eval_pairs, split="test", **options)
 
     model, tokenizer = load_model_and_tokenizer(model_args, training=True)
     freeze_idle(model)
-    trainer = DPOTrainer(
+    trainer = PreferenceTrainer(
         model=model,
         args=args,
         train_dataset=rows,

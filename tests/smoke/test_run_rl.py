@@ -71,6 +71,23 @@ def test_lora_by_recipe_keys_alone(
     assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
 
 
+def test_an_imitated_source_moves_the_model_by_its_supervised_term_alone(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of equal turns the two halves of DPO's loss cancel: without the weight of the other term nothing moves."""
+    keys = {"mix": {"calculator": 1.0}, "imitated": ["calculator"], "loss_type": ["sigmoid", "sft"], "max_steps": 1}
+    # AdamW would make a whole step of what rounding leaves of the gradient.
+    recipe = DPO | keys | {"model_name_or_path": str(checkpoint), "optim": "sgd", "learning_rate": 0.1}
+    moved = {}
+    for weight in (0.0, 1.0):
+        folder = tmp_path / str(weight)
+        folder.mkdir()
+        run_here("run_dpo.py", write(recipe | {"loss_weights": [1.0, weight]}, folder), monkeypatch)
+        before, after = weights(checkpoint), weights(folder / "out")
+        moved[weight] = max((before[name] - after[name]).abs().max().item() for name in before)
+    assert moved[0.0] < 1e-7 and moved[1.0] > 1e-3
+
+
 def test_dpo_on_trajectories_from_a_file(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [TASKS["tic_tac_toe"].preference(seed, "train") for seed in range(6)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
@@ -102,6 +119,8 @@ def test_grpo_on_what_is_not_solved_yet(
         ("run_grpo.py", {"unsolved_fraction": 2.0}, "unsolved_fraction: 2.0 must be above 0 and at most 1"),
         ("run_grpo.py", {"task_settings": {"calculator": {"size": 3}}}, "unknown key 'size'"),
         ("run_dpo.py", {"num_pairs": 0}, "num_pairs: 0"),
+        ("run_dpo.py", {"imitated": ["calculator"]}, "imitated: ['calculator'] teaches nothing with loss_type"),
+        ("run_dpo.py", {"imitated": ["chess"], "loss_type": ["sft"]}, "imitated: 'chess' is not in the mix"),
         ("run_dpo.py", {"data_files": {"pairs": "no.jsonl"}, "mix": {"pairs": 1.0}}, "no.jsonl: cannot read"),
     ],
 )

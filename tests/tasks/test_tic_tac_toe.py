@@ -193,14 +193,16 @@ def test_schema_is_that_of_the_environment() -> None:
     assert schema["function"]["parameters"]["properties"]["cell"]["type"] == "integer"
 
 
-def test_preferences_are_a_best_move_against_a_blunder() -> None:
-    lengths = Counter()
+def test_preferences_are_a_best_move_against_an_illegal_one_or_a_blunder() -> None:
+    lengths, forced = Counter(), 0
     for seed in range(200):
         row = TASK.preference(seed, "train")
         board = board_of(row["prompt"][-1]["content"])
         best, worse = (
             row[name][0]["tool_calls"][0]["function"]["arguments"]["cell"] for name in ("chosen", "rejected")
         )
-        assert best in best_moves(board) and worse in set(legal_moves(board)) - set(safe_moves(board))
+        assert best in best_moves(board) and worse in set(range(1, 10)) - set(safe_moves(board))
         lengths[len(row["prompt"])] += 1
+        forced += len(safe_moves(board)) == len(legal_moves(board))
     assert len(lengths) >= 3
+    assert forced, "turns at which no legal move is bad must be kept alive too"

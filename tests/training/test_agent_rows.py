@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,24 @@ def test_trajectories_repeat_and_mix_with_tasks(tmp_path: Path) -> None:
     answers = Counter(row["chosen"][0]["content"] for row in rows if row["source"] == "pairs")
     assert set(answers) == {"8", "9"}
     assert all(row["tools"] == [] for row in rows if row["source"] == "pairs")
+
+
+def test_distinct_pairs_are_the_drawn_ones_without_repeats() -> None:
+    settings = {"tic_tac_toe": {"random_start_fraction": 0.0, "opponent": "perfect"}}
+    options: dict[str, Any] = {"split": "train", "seed": 0, "settings": settings, "data_files": {}}
+    drawn = [json.dumps(row) for row in preference_rows({"tic_tac_toe": 1.0}, 400, **options)]
+    kept = [json.dumps(row) for row in preference_rows({"tic_tac_toe": 1.0}, 400, distinct=True, **options)]
+    assert len(set(drawn)) < len(drawn)
+    assert kept == list(dict.fromkeys(drawn))
+
+
+def test_imitated_sources_have_no_worse_turn_and_must_be_in_the_mix() -> None:
+    options: dict[str, Any] = {"split": "train", "seed": 0, "settings": {}, "data_files": {}}
+    mix = {"calculator": 1.0, "tic_tac_toe": 1.0}
+    for row in preference_rows(mix, 40, imitated=["calculator"], **options):
+        assert (row["chosen"] == row["rejected"]) == (row["source"] == "calculator")
+    with pytest.raises(ValueError, match=r"imitated: 'sudoku' is not in the mix \(calculator, tic_tac_toe\)"):
+        preference_rows(mix, 40, imitated=["sudoku"], **options)
 
 
 @pytest.mark.parametrize(

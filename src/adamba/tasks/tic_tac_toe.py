@@ -202,7 +202,10 @@ def example(seed: int, split: Split, **settings: object) -> Row:
 
 
 def preference(seed: int, split: Split, **settings: object) -> Row:
-    """A best move against a blunder (a move that spoils the result), at a random turn of a solver-played game."""
+    """A best move against one that is illegal or spoils the result, at a random turn of a solver-played game.
+
+    Illegal ones count for the turns at which no legal move is bad: without pairs of them they would be forgotten.
+    """
     config = settings_from(TicTacToeSettings, NAME, settings)
     rng = random.Random(f"{NAME}/preference/{split}/{seed}")
     for attempt in range(1000):
@@ -213,9 +216,9 @@ def preference(seed: int, split: Split, **settings: object) -> Row:
         pairs = []
         while not environment._done:
             board = environment._board
-            blunders = sorted(set(legal_moves(board)) - set(safe_moves(board)))
-            if blunders:
-                chosen, rejected = solver_move(board), rng.choice(blunders)
+            bad = sorted(set(range(1, 10)) - set(safe_moves(board)))
+            if bad:
+                chosen, rejected = solver_move(board), rng.choice(bad)
                 pairs.append((list(messages), tool_call("play", cell=chosen), tool_call("play", cell=rejected)))
             messages += _solver_turn(environment)
         if pairs:
@@ -226,7 +229,7 @@ def preference(seed: int, split: Split, **settings: object) -> Row:
                 "rejected": [worse],
                 "tools": tool_schemas(TicTacToeEnvironment),
             }
-    raise UserError(f"settings of task {NAME}: no game with a possible blunder in 1000; widen the settings")
+    raise UserError(f"settings of task {NAME}: no game with a possible mistake in 1000; widen the settings")
 
 
 def _row(seed: int, split: Split, config: TicTacToeSettings, admit_lost: bool) -> Row:

@@ -46,15 +46,25 @@ def preference_rows(
     seed: int,
     settings: Mapping[str, dict[str, Any]],
     data_files: Mapping[str, str],
+    distinct: bool = False,
+    imitated: Collection[str] = (),
 ) -> Dataset:
     """Rows `{"prompt", "chosen", "rejected", "tools", "source"}`: a task's own pairs, or trajectories from a file.
 
     A source in `data_files` is a JSON Lines file of such rows (`tools` may be absent); it repeats when it is short.
+    With `distinct`, each of the drawn pairs is kept once: fewer rows, and rare turns weigh as much as common ones.
+    A source in `imitated` gets its good turn as the rejected one too: the halves of DPO's loss cancel, and only a
+    supervised term is left. (Of two long expressions that differ in a digit, DPO also makes what follows the wrong
+    digit unlikely, although that is right, and so harms the copying of expressions.)
 
     Raises:
-        UserError: a source that is neither a task nor in `data_files`, or a row of a file that is no pair.
+        UserError: a source that is neither a task nor in `data_files`, a row of a file that is no pair, or an imitated
+            source that is not in the mix.
     """
     _check_sources(mix, settings, [*TASKS, *data_files])
+    for name in imitated:
+        if name not in mix:
+            raise UserError(f"imitated: {name!r} is not in the mix ({', '.join(mix)})")
     files = {name: read_pairs(data_files[name]) for name in mix if name in data_files}
 
     def make(name: str, row_seed: int) -> Row:
@@ -63,6 +73,9 @@ def preference_rows(
         return TASKS[name].preference(row_seed, split, **settings.get(name, {}))
 
     rows = [make(name, row_seed) | {"source": name} for name, row_seed in _draw(mix, num_rows, seed)]
+    rows = [row | {"rejected": row["chosen"]} if row["source"] in imitated else row for row in rows]
+    if distinct:
+        rows = list({json.dumps(row): row for row in rows}.values())
     # Json keeps each call's arguments as they are; a struct column would give every call the keys of all tools.
     typed = {column: [Json()] for column in (*PAIR_COLUMNS, "tools")}
     table = {column: [row.get(column) or [] for row in rows] for column in typed}
