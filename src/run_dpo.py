@@ -25,16 +25,15 @@ from adamba.training.caps import SpendingCaps
 from adamba.training.freezing import freeze_idle
 from adamba.training.hub_keys import HubKeys
 from adamba.training.lora import LoraArguments, merge_adapters, peft_config
-from adamba.training.optimizers import OptimizerMixin
+from adamba.training.optimizers import OptimizerKeys, OptimizerMixin
 from adamba.training.session import finish, logger, measures, start, train
 
 
 @dataclass
-class PreferenceConfig(SpendingCaps, HubKeys, DPOConfig):
+class PreferenceConfig(SpendingCaps, HubKeys, OptimizerKeys, DPOConfig):
     """`DPOConfig` and how many pairs there are."""
 
     trust_remote_code: bool = field(default=False, init=False)  # the key is ModelArguments'
-    use_muon: bool = field(default=False, metadata={"help": "Muon for hidden matrices, AdamW for the rest."})
     num_pairs: int = field(default=4096, metadata={"help": "Pairs to learn from."})
     distinct_pairs: bool = field(
         default=False,

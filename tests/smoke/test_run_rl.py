@@ -88,6 +88,19 @@ def test_an_imitated_source_moves_the_model_by_its_supervised_term_alone(
     assert moved[0.0] < 1e-7 and moved[1.0] > 1e-3
 
 
+def test_dpo_with_muon_takes_orthogonal_steps(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"use_muon": True, "learning_rate": 1.0e-2, "weight_decay": 0.0, "max_steps": 1}
+    run_here("run_dpo.py", write(DPO | keys | {"model_name_or_path": str(checkpoint)}, tmp_path), monkeypatch)
+    before, after = weights(checkpoint), weights(tmp_path / "out")
+    steps = [after[name] - before[name] for name in before if name.endswith("self_attn.o_proj.weight")]
+    assert steps
+    for step in steps:
+        # AdamW's first step is the rate in every entry, so several times as large here.
+        assert 0.5e-2 < torch.linalg.matrix_norm(step, ord=2) < 2e-2
+
+
 def test_dpo_on_trajectories_from_a_file(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [TASKS["tic_tac_toe"].preference(seed, "train") for seed in range(6)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))

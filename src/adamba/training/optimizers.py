@@ -1,6 +1,7 @@
 """Muon for matrices with AdamW for the rest, and old weights that move more slowly after an expansion."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -135,6 +136,13 @@ def slow_old_weights(optimizer: torch.optim.Optimizer, model: nn.Module, scale: 
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(take_back)
+
+
+@dataclass
+class OptimizerKeys:
+    """Put before a class of `TrainingArguments`; `OptimizerMixin` reads them."""
+
+    use_muon: bool = field(default=False, metadata={"help": "Muon for hidden matrices, AdamW for the rest."})
 
 
 class OptimizerMixin:

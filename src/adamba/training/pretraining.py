@@ -11,11 +11,11 @@ from adamba.errors import UserError
 from adamba.training.caps import SpendingCaps
 from adamba.training.elastic import ElasticArguments, ElasticLossMixin
 from adamba.training.hub_keys import HubKeys
-from adamba.training.optimizers import OptimizerMixin
+from adamba.training.optimizers import OptimizerKeys, OptimizerMixin
 
 
 @dataclass
-class PretrainConfig(SpendingCaps, HubKeys, TrainingArguments):
+class PretrainConfig(SpendingCaps, HubKeys, OptimizerKeys, TrainingArguments):
     """`TrainingArguments`, caps, the Hub, and what the phases add."""
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs every column."})
@@ -27,7 +27,6 @@ class PretrainConfig(SpendingCaps, HubKeys, TrainingArguments):
         default=False, metadata={"help": "Before training, put important channels, heads and units first."}
     )
     num_calibration_rows: int = field(default=32, metadata={"help": "Rows that importance is measured on."})
-    use_muon: bool = field(default=False, metadata={"help": "Muon for hidden matrices, AdamW for the rest."})
     old_weight_lr_scale: float = field(
         default=1.0, metadata={"help": "After an expansion: learning rate of old weights relative to new ones."}
     )

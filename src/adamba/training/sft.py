@@ -17,17 +17,16 @@ from adamba.errors import UserError
 from adamba.training.caps import SpendingCaps
 from adamba.training.elastic import ElasticArguments, ElasticLossMixin
 from adamba.training.hub_keys import HubKeys
-from adamba.training.optimizers import OptimizerMixin
+from adamba.training.optimizers import OptimizerKeys, OptimizerMixin
 
 
 @dataclass
-class MixSFTConfig(SpendingCaps, HubKeys, SFTConfig):
+class MixSFTConfig(SpendingCaps, HubKeys, OptimizerKeys, SFTConfig):
     """`SFTConfig` and the size of the evaluation. `packing` means this package's best fit."""
 
     num_eval_rows: int = field(
         default=32, metadata={"help": "Held-out rows of each source that the loss is taken on."}
     )
-    use_muon: bool = field(default=False, metadata={"help": "Muon for hidden matrices, AdamW for the rest."})
     trust_remote_code: bool = field(default=False, init=False)  # ModelArguments has the key
 
     def __post_init__(self) -> None:
