@@ -18,6 +18,7 @@ from adamba.training.agent_rows import prompt_rows
 from adamba.training.agent_trainer import UNREADABLE, AgentGRPOTrainer, answer_unreadable_calls
 from adamba.training.at_grpo import AtGrpoTrainer, TeamSettings
 from adamba.training.lora import LoraArguments, peft_config
+from adamba.training.optimizers import MuonWithAdamW
 from adamba.training.role_adapters import activate, add_role_adapters, load_roles
 from models import smallest_config
 
@@ -156,19 +157,24 @@ def test_advantages_are_normalised_inside_a_group_and_discounted_by_turn(tokeniz
         assert (prompts == prompts[0]).all()
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_each_role_trains_its_own_adapter_and_is_published_with_the_base(tokenizer, tmp_path: Path, beta) -> None:
+@pytest.mark.parametrize(("beta", "use_muon"), [(0.0, False), (0.1, False), (0.0, True)])
+def test_each_role_trains_its_own_adapter_and_is_published_with_the_base(
+    tokenizer, tmp_path: Path, beta: float, use_muon: bool
+) -> None:
     roles = select_roles(TEAM, ENVIRONMENTS["plan_path"])
     base = tiny_model(tokenizer)
     untouched = {name: value.clone() for name, value in base.state_dict().items()}
     model = add_role_adapters(base, peft_config(LoraArguments(use_peft=True, lora_r=4)), ["planner", "actor"])
     before = {name: value.clone() for name, value in model.named_parameters() if "lora_" in name}
     team = TeamSettings(roles, per_role=True, num_parallel_games=2)
-    trainer = team_trainer(tokenizer, tmp_path, team, model, per_device_train_batch_size=16, beta=beta)
+    trainer = team_trainer(
+        tokenizer, tmp_path, team, model, per_device_train_batch_size=16, beta=beta, use_muon=use_muon
+    )
     say = ["DR", "?", "R", "UU", CALL.format("move", '{"moves": "D"}'), CALL.format("move", '{"moves": "R"}'), "", "?"]
     order = [say[:4] * 2, say[4:] * 2] * 20
     scripted(trainer, [text for part in order for text in part])
     trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, MuonWithAdamW) == use_muon
     moved = {name for name, value in model.named_parameters() if name in before and not value.equal(before[name])}
     for role in ("planner", "actor"):
         assert any(f".{role}." in name for name in moved), f"the adapter of {role} did not learn"

@@ -15,12 +15,13 @@ from adamba.tasks.roles import ROLES, select_roles
 from adamba.training.at_grpo import TeamSettings
 from adamba.training.caps import SpendingCaps
 from adamba.training.hub_keys import HubKeys
+from adamba.training.optimizers import OptimizerKeys
 
 DEFAULT_TOOL_CALLS = 8  # of tasks whose environments set no limit: the longest game has 5 moves
 
 
 @dataclass
-class AgentConfig(SpendingCaps, HubKeys, GRPOConfig):
+class AgentConfig(SpendingCaps, HubKeys, OptimizerKeys, GRPOConfig):
     """`GRPOConfig` and what playing the tasks adds."""
 
     trust_remote_code: bool = field(default=False, init=False)  # the key is ModelArguments'

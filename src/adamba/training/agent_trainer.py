@@ -16,12 +16,13 @@ from adamba.model import AdambaForCausalLM
 from adamba.model.decoding_adamba import OPTIONS
 from adamba.tools.calls import OPEN, parse_tool_calls
 from adamba.training.conversations import Conversations, fits
+from adamba.training.optimizers import OptimizerMixin
 
 UNREADABLE = "unreadable_call"
 TOKENS = "num_generated_tokens"
 
 
-class AgentGRPOTrainer(GRPOTrainer):
+class AgentGRPOTrainer(OptimizerMixin, GRPOTrainer):
     """`GRPOTrainer` that also
 
     - logs `num_generated_tokens`, all that the model wrote so far, and stops after `max_generated_tokens` of them;
