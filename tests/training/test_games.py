@@ -8,6 +8,7 @@ import pytest
 
 from adamba.data import train_tokenizer
 from adamba.tasks import TASKS
+from adamba.tasks.plan_path_rules import DIRECTIONS, position_of, walk
 from adamba.tasks.roles import select_roles
 from adamba.training.at_grpo import check_groups
 from adamba.training.games import Game, advance, consider, play_games
@@ -140,6 +141,18 @@ def test_what_cannot_be_used_is_answered_and_costs_the_turn(text: str, answer: s
     advance(game, candidate, 3)
     assert game.environment._position == before._position
     assert (game.turn, game.num_actions, game.num_invalid_actions) == (1, 1, 1) and not game.success
+
+
+def test_roles_read_what_was_refused_until_the_board_changes() -> None:
+    game = Game.start(rows(1)[0], TEAM)
+    board = game.observation()
+    blocked = next(move for move in DIRECTIONS if walk(board, position_of(board), move) is None)
+    for text in ("no matter", call(blocked), "no matter", "?"):
+        advance(game, consider(game, text), 1)
+    assert game.observation() == f"{board}\nRefused: {blocked} Blocked.\nRefused: error: call one tool"
+    for text in ("no matter", call(best_moves(board))):
+        advance(game, consider(game, text), 1)
+    assert "Refused" not in game.observation() and game.observation() != board
 
 
 def test_running_out_of_turns_is_no_success(tokenizer) -> None:

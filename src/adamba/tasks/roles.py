@@ -5,6 +5,7 @@ tools, one that answers ends the episode with its text. Each reads the state as 
 before it in this turn.
 """
 
+import copy
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,6 +15,7 @@ from adamba.errors import UserError
 from adamba.tasks.task import Message, Row, Split, tool_schemas
 
 WRONG_NOTE_FRACTION = 0.25  # of the solver's callers are told something worse and do right all the same
+REFUSED_FRACTION = 0.25  # of the solver's turns are played after a call that was refused on this board
 MAX_NOTE_CHARACTERS = 200
 
 
@@ -85,6 +87,16 @@ def role_messages(role: Role, observation: str, notes: Sequence[tuple[str, str]]
     return [{"role": "system", "content": role.system_prompt}, {"role": "user", "content": text}]
 
 
+def refusal(argument: str, result: str) -> str:
+    """How a refused call stands under the state that it left as it was.
+
+    Roles read the state, not the past: without this line nothing would have changed for them, and what is likeliest
+    would be called, and refused, again.
+    """
+    reason = result.partition("\n")[0]
+    return " ".join(filter(None, ("Refused:", argument[:MAX_NOTE_CHARACTERS], reason)))
+
+
 def role_tools(role: Role, environment_class: type) -> list[dict]:
     """Schemas of the tools that a role may call."""
     if role.speaks != "call":
@@ -103,6 +115,9 @@ def role_example(environment: Any, roles: Sequence[Role], worse: Any, task: str,
     rng = random.Random(f"{task}/roles/{split}/{seed}")
     for _ in range(rng.randrange(environment._best_calls)):
         environment._solver_turn()
+    observation = environment._observation()
+    if rng.random() < REFUSED_FRACTION:
+        observation += _refused_call(environment, worse, rng)
     index = rng.randrange(len(roles))
     best = environment._solver_argument()
     wrong = roles[index].speaks == "call" and rng.random() < WRONG_NOTE_FRACTION
@@ -112,6 +127,13 @@ def role_example(environment: Any, roles: Sequence[Role], worse: Any, task: str,
     role = roles[index]
     turn = environment._call(best) if role.speaks == "call" else {"role": "assistant", "content": best}
     return {
-        "messages": [*role_messages(role, environment._observation(), notes), turn],
+        "messages": [*role_messages(role, observation, notes), turn],
         "tools": role_tools(role, type(environment)),
     }
+
+
+def _refused_call(environment: Any, worse: Any, rng: random.Random) -> str:
+    """A line about a worse call, if it would be refused as the puzzle stands."""
+    trial, argument = copy.deepcopy(environment), worse(environment, rng)
+    result = getattr(trial, environment._tool[0])(argument)
+    return "" if trial._valid_calls > environment._valid_calls else "\n" + refusal(argument, result)

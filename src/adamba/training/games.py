@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adamba.tasks import ENVIRONMENTS, tool_methods
-from adamba.tasks.roles import MAX_NOTE_CHARACTERS, Role, role_messages, role_tools
-from adamba.tools import parse_tool_calls, run_tool_call
+from adamba.tasks.roles import MAX_NOTE_CHARACTERS, Role, refusal, role_messages, role_tools
+from adamba.tools import ToolCall, parse_tool_calls, run_tool_call
 
 Row = dict[str, Any]
 # Replies (token ids, end of turn included) of the role of that name to each prompt.
@@ -27,6 +27,7 @@ class Game:
         row: The task row it is played from.
         notes: What was proposed in this turn: (role, text).
         results: What tools answered so far, for environments that have no observation of their own.
+        refused: Calls that left the state as it is, since it last changed.
         log: Everything said: (role, text, what followed).
         final_text: Of a role that answers; ends the game.
         num_actions, num_invalid_actions: What was said, and how much of it could not be used.
@@ -39,6 +40,7 @@ class Game:
     turn: int = 0
     notes: list[tuple[str, str]] = field(default_factory=list)
     results: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
     log: list[tuple[str, str, str]] = field(default_factory=list)
     final_text: str | None = None
     num_actions: int = 0
@@ -76,7 +78,7 @@ class Game:
     def observation(self) -> str:
         """The state as any role reads it."""
         if hasattr(self.environment, "_observation"):
-            return self.environment._observation()
+            return "\n".join([self.environment._observation(), *self.refused])
         return "\n".join([self.row["prompt"][-1]["content"], *self.results])
 
 
@@ -166,7 +168,9 @@ def advance(game: Game, candidate: Candidate, num_tokens: int) -> None:
     game.num_invalid_actions += not candidate.local
     game.num_generated_tokens += num_tokens
     game.environment = candidate.environment
-    content, _ = parse_tool_calls(candidate.text)
+    content, calls = parse_tool_calls(candidate.text)
+    if role.speaks == "call":
+        game.refused = [] if candidate.local else [*game.refused, refusal(_argument(calls), candidate.result)]
     if role.speaks == "proposal":
         game.notes.append((role.name, content[:MAX_NOTE_CHARACTERS]))
     elif role.speaks == "answer":
@@ -177,6 +181,11 @@ def advance(game: Game, candidate: Candidate, num_tokens: int) -> None:
     game.agent += 1
     if game.agent == len(game.roles):
         game.agent, game.turn, game.notes = 0, game.turn + 1, []
+
+
+def _argument(calls: Sequence[ToolCall]) -> str:
+    """What a reply wanted to do, in the words of its first call."""
+    return " ".join(map(str, calls[0].arguments.values())) if calls else ""
 
 
 def play_games(
