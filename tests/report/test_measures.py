@@ -1,5 +1,6 @@
 """Numbers derived from the metrics."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,15 @@ def test_headline_marks_a_missed_goal(family_dir: Path) -> None:
     assert tiles["Skipped by early exit"].met is False and "24.3" in tiles["Skipped by early exit"].value
     assert tiles["Calculator"].met is True and tiles["Held-out loss"].met is None
     assert tiles["Tic-tac-toe"].met is True and "14.0" in tiles["Tic-tac-toe"].note
+
+
+def test_headline_shows_each_way_of_phase_6(family_dir: Path) -> None:
+    games = [tile for tile in headline(read_family(family_dir)) if tile.title == "Tic-tac-toe"]
+    assert ["DPO" in tile.note for tile in games] == [True, False]
+    assert all("phase 5: " in tile.note for tile in games)
+    metrics = json.loads((family_dir / "phase6_dpo" / "metrics.json").read_text())
+    (family_dir / "phase6_dpo" / "metrics.json").write_text(
+        json.dumps(metrics | {"loss_rate_tic_tac_toe_perfect": 0.99})
+    )
+    games = [tile for tile in headline(read_family(family_dir)) if tile.title == "Tic-tac-toe"]
+    assert [tile.met for tile in games] == [False, True], "one way that fails does not hide behind the other"
