@@ -253,6 +253,7 @@ def row_steps(row: dict) -> int:
         ({"turn_discount": 0.0}, "turn_discount: 0.0"),
         ({"max_turns": 0}, "max_turns: 0"),
         ({"alpha": -1.0}, "alpha: -1.0"),
+        ({"stray_fraction": 1.5}, "stray_fraction: 1.5 must be between 0 and 1"),
     ],
 )
 def test_bad_team_keys_get_one_line(changes: dict, message: str, tmp_path: Path) -> None:

@@ -104,6 +104,30 @@ def test_a_group_is_one_instance_agent_and_turn_and_the_best_is_continued(tokeni
     assert all(game.success for game in games if game.is_over(9))
 
 
+def test_strays_meet_their_mistakes_the_same_each_time(tokenizer) -> None:
+    def say(role: str, board: str, note: str, index: int) -> str:
+        move = best_moves(board.partition("\nRefused")[0])
+        return (move if role == "planner" else call(move)) if index % 4 == 2 else "nothing"
+
+    def play(fraction: float) -> list[tuple[int, int]]:
+        _, games = play_games(
+            iter(rows(20)),
+            TEAM,
+            tokenizer,
+            Speaker(tokenizer, say),
+            max_turns=9,
+            num_parallel=20,
+            num_candidates=4,
+            stray_fraction=fraction,
+        )
+        return [(game.num_invalid_actions, game.num_actions) for game in games]
+
+    assert all(invalid == 0 for invalid, _ in play(0.0))
+    strays = play(1.0)
+    share = sum(invalid for invalid, _ in strays) / sum(number for _, number in strays)
+    assert 0.2 < share < 0.8 and strays == play(1.0)
+
+
 def test_both_agents_rewards_differ_between_their_candidates() -> None:
     for turns_before in (0, 1):
         game = Game.start(rows(5, min_steps=5)[3], TEAM)

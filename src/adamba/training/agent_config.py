@@ -56,6 +56,10 @@ class AgentConfig(SpendingCaps, HubKeys, OptimizerKeys, GRPOConfig):
     num_parallel_games: int = field(
         default=8, metadata={"help": "Games of a team at once in a batch; fewer reach later turns."}
     )
+    stray_fraction: float = field(
+        default=0.0,
+        metadata={"help": "How often a team's game goes on from any candidate, not the best: it meets its mistakes."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,6 +80,8 @@ class AgentConfig(SpendingCaps, HubKeys, OptimizerKeys, GRPOConfig):
             raise UserError("unsolved_fraction: one agent plays the prompts; leave it out with roles")
         if not 0 < self.turn_discount <= 1:
             raise UserError(f"turn_discount: {self.turn_discount} must be above 0 and at most 1")
+        if not 0 <= self.stray_fraction <= 1:
+            raise UserError(f"stray_fraction: {self.stray_fraction} must be between 0 and 1")
         if self.alpha < 0:
             raise UserError(f"alpha: {self.alpha} must be 0 or more")
         if self.policy == "per_role" and not self.roles:
@@ -95,6 +101,7 @@ def team_settings(args: AgentConfig, environments: Iterable[str]) -> TeamSetting
         alpha=args.alpha,
         turn_discount=args.turn_discount,
         num_parallel_games=args.num_parallel_games,
+        stray_fraction=args.stray_fraction,
         per_role=args.policy == "per_role",
     )
 

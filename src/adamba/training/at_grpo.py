@@ -31,6 +31,7 @@ class TeamSettings:
         alpha: A candidate's reward is `alpha` × team + local.
         turn_discount: Groups of turn t weigh its t-th power.
         num_parallel_games: Games played at once in a batch; fewer reach later turns.
+        stray_fraction: How often any candidate is continued in place of the best.
         per_role: One LoRA adapter a role.
     """
 
@@ -39,6 +40,7 @@ class TeamSettings:
     alpha: float = 5.0
     turn_discount: float = 1.0
     num_parallel_games: int = 8
+    stray_fraction: float = 0.0
     per_role: bool = False
 
 
@@ -141,6 +143,7 @@ class AtGrpoTrainer(AgentGRPOTrainer):
             alpha=settings.alpha,
             num_candidates=size,
             num_groups=len(prompts) // size,
+            stray_fraction=settings.stray_fraction,
         )
         outside = time.perf_counter() - started - seconds
         check_groups(self._groups, size, len(prompts))

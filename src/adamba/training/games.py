@@ -6,6 +6,7 @@ Rules only: nothing here knows the model, `speak` does.
 """
 
 import copy
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -199,11 +200,16 @@ def play_games(
     alpha: float = 1.0,
     num_candidates: int = 1,
     num_groups: int | None = None,
+    stray_fraction: float = 0.0,
 ) -> tuple[list[Group], list[Game]]:
     """Play games until the rows, or `num_groups`, are used up. Games that are over make room for new ones.
 
     Returns the groups in the order they were spoken, and all games that were begun (the last ones may be unfinished
     when `num_groups` ends the play).
+
+    Args:
+        stray_fraction: How often not the best candidate but any is continued. The best ones alone never lead to the
+            states after a mistake, in which the team then stands when nobody chooses for it.
 
     Raises:
         ValueError: `rows` end before `num_groups` groups were made.
@@ -232,8 +238,11 @@ def play_games(
             texts = tokenizer.batch_decode(own, skip_special_tokens=True)
             candidates = [consider(game, text) for text in texts]
             groups.append(Group(game.key, game.agent, game.turn, prompt, own, candidates))
-            best = max(range(num_candidates), key=lambda i: alpha * candidates[i].team + candidates[i].local)
-            advance(game, candidates[best], len(own[best]))
+            chosen = max(range(num_candidates), key=lambda i: alpha * candidates[i].team + candidates[i].local)
+            chance = random.Random(f"{game.key}/{game.num_actions}")
+            if chance.random() < stray_fraction:
+                chosen = chance.randrange(num_candidates)
+            advance(game, candidates[chosen], len(own[chosen]))
     return groups, games
 
 
