@@ -15,7 +15,7 @@ from adamba.errors import UserError
 from adamba.tasks.task import Message, Row, Split, tool_schemas
 
 WRONG_NOTE_FRACTION = 0.25  # of the solver's callers are told something worse and do right all the same
-REFUSED_FRACTION = 0.25  # of the solver's turns are played after a call that was refused on this board
+REFUSED_FRACTION = 0.25  # of the solver's turns follow a worse call, which is shown where it was refused: one in six
 MAX_NOTE_CHARACTERS = 200
 
 

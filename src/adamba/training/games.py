@@ -170,14 +170,14 @@ def advance(game: Game, candidate: Candidate, num_tokens: int) -> None:
     game.num_generated_tokens += num_tokens
     game.environment = candidate.environment
     content, calls = parse_tool_calls(candidate.text)
-    if role.speaks == "call":
-        game.refused = [] if candidate.local else [*game.refused, refusal(_argument(calls), candidate.result)]
     if role.speaks == "proposal":
         game.notes.append((role.name, content[:MAX_NOTE_CHARACTERS]))
     elif role.speaks == "answer":
         game.final_text = content
-    elif candidate.result:
-        game.results.append(f"{role.name}: {candidate.result}")
+    else:
+        game.refused = [] if candidate.local else [*game.refused, refusal(_argument(calls), candidate.result)]
+        if candidate.result:
+            game.results.append(f"{role.name}: {candidate.result}")
     game.log.append((role.name, candidate.text, candidate.result))
     game.agent += 1
     if game.agent == len(game.roles):
