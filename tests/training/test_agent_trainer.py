@@ -195,6 +195,52 @@ def test_each_role_trains_its_own_adapter_and_is_published_with_the_base(
         torch.testing.assert_close(loaded.eval()(ids).logits, logits[role])
 
 
+@pytest.mark.parametrize("per_role", [False, True])
+def test_rows_without_an_advantage_cost_nothing_and_change_no_gradient(
+    tokenizer, tmp_path: Path, per_role: bool
+) -> None:
+    model = tiny_model(tokenizer)
+    if per_role:
+        model = add_role_adapters(model, peft_config(LoraArguments(use_peft=True, lora_r=4)), ["planner", "actor"])
+    team = TeamSettings(select_roles(TEAM, ENVIRONMENTS["plan_path"]), per_role=per_role, num_parallel_games=2)
+    trainer = team_trainer(tokenizer, tmp_path, team, model, num_generations=2)
+    trainer.current_gradient_accumulation_steps = 1
+    moves = ["DR", "?", *[CALL.format("move", f'{{"moves": "{way}"}}') for way in "DR"]]
+    scripted(trainer, moves * 8)
+    trainer.model.train()
+    rows = path_rows(4)
+    batch = trainer._generate_and_score_completions([rows[index // 2] for index in range(8)])
+    batch["advantages"] = torch.tensor([0.9, -0.9, 0.0, 0.0, 0.7, -0.7, 0.004, 0.0])
+    gradients = []
+    for rounding in (0.0, 0.004):  # what rounding leaves of equal rewards does not teach either
+        batch["advantages"][6] = rounding
+        trainer._buffered_inputs, trainer._step, trainer.args.steps_per_generation = [{}, batch], 1, 2
+        assert trainer._only_advantages_teach()
+        taught = trainer._prepare_inputs([])
+        assert taught["advantages"].tolist() == pytest.approx([0.9, -0.9, 0.7, -0.7])
+        assert taught["role_index"].tolist() == [0, 0, 1, 1]
+        for inputs in (taught, batch) if rounding == 0.0 else (taught,):
+            trainer.model.zero_grad()
+            trainer._compute_loss(trainer.model, inputs).backward()
+            gradients.append({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-4)
+        assert torch.equal(gradient, gradients[2][name])
+    nothing = batch | {"advantages": torch.zeros(8)}
+    kept = trainer._rows_that_teach(nothing)["role_index"].tolist()
+    assert kept == ([0, 1] if per_role else [0]), "every process, and every adapter, takes part in a step"
+
+
+def test_all_rows_are_trained_on_where_the_loss_is_more_than_advantages(tokenizer, tmp_path: Path) -> None:
+    trainer = team_trainer(tokenizer, tmp_path, TeamSettings(select_roles(TEAM, ENVIRONMENTS["plan_path"])))
+    assert trainer._only_advantages_teach()
+    for name, value in {"beta": 0.1, "_entropy_bonus_enabled": True, "loss_type": "grpo", "scale_rewards": "none"}.items():
+        before = getattr(trainer, name)
+        setattr(trainer, name, value)
+        assert not trainer._only_advantages_teach(), name
+        setattr(trainer, name, before)
+
+
 def test_rows_of_two_roles_get_the_log_probabilities_of_their_own_adapter(tokenizer, tmp_path: Path) -> None:
     roles = select_roles(TEAM, ENVIRONMENTS["plan_path"])
     model = add_role_adapters(

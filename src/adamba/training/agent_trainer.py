@@ -20,6 +20,8 @@ from adamba.training.optimizers import OptimizerMixin
 
 UNREADABLE = "unreadable_call"
 TOKENS = "num_generated_tokens"
+# Of equal rewards TRL's group mean may be off by rounding: advantages up to 0.0048 where there is nothing to learn.
+ROUNDING = 0.005
 
 
 class AgentGRPOTrainer(OptimizerMixin, GRPOTrainer):
@@ -29,7 +31,9 @@ class AgentGRPOTrainer(OptimizerMixin, GRPOTrainer):
     - logs `tools/<name>/call_frequency` (calls an episode) and `tools/<name>/failure_frequency` (share of calls that
       could not be read, do not fit the tool, or that the environment refused);
     - answers a call that cannot be read with what is wrong with it; TRL would take it for a final text;
-    - keeps the caches of episodes between their turns where it can (`adamba.training.conversations`).
+    - keeps the caches of episodes between their turns where it can (`adamba.training.conversations`);
+    - trains only on rows that have an advantage, where the others have no gradient: `entropy` and `clip_ratio` are
+      then of these rows.
     """
 
     def __init__(self, *args: Any, max_generated_tokens: int | None = None, **kwargs: Any) -> None:
@@ -78,6 +82,30 @@ class AgentGRPOTrainer(OptimizerMixin, GRPOTrainer):
             self.num_generated_tokens += int(self.accelerator.gather(mask.sum()).sum())
             self._metrics["train"][TOKENS] = [float(self.num_generated_tokens)]
         return output
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(generation_batch)
+        return self._rows_that_teach(inputs) if self.model.training and self._only_advantages_teach() else inputs
+
+    def _only_advantages_teach(self) -> bool:
+        """Whether a row without an advantage adds nothing to the loss, neither a term nor to what it is divided by."""
+        if self.beta or self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0:
+            return False
+        return self.scale_rewards == "group" and self.loss_type in ("dapo", "cispo")
+
+    def _teaches(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Which rows have an advantage; the first where none has, since every process takes part in a step."""
+        teaches = inputs["advantages"].abs() > ROUNDING
+        teaches[0] |= not teaches.any()
+        return teaches
+
+    def _rows_that_teach(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        teaches = self._teaches(inputs)
+        rows = len(teaches)
+        return {
+            key: value[teaches] if isinstance(value, torch.Tensor) and value.shape[:1] == (rows,) else value
+            for key, value in inputs.items()
+        }
 
     def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
         calls: Counter[str] = Counter()

@@ -179,6 +179,14 @@ class AtGrpoTrainer(AgentGRPOTrainer):
                 mode = "train" if self.model.training else "eval"
                 self._metrics[mode][f"games/{role.name}/invalid_action_rate"].append(rate)
 
+    def _teaches(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """And the first row of each role: DDP waits for a gradient of every adapter that a step uses elsewhere."""
+        teaches = super()._teaches(inputs)
+        if self.team_settings.per_role:
+            for index in inputs["role_index"].unique():
+                teaches[(inputs["role_index"] == index).nonzero()[0]] = True
+        return teaches
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         self._row_roles = inputs["role_index"]
         if self.team_settings.per_role:
