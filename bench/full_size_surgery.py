@@ -2,7 +2,7 @@
 Surgery at full size on a small machine: a NanoChat-d32-sized base (random weights, 32 layers of 2,048 channels, bf16)
 through phases 0, 3a and 4a of the full plan, 2,048 -> 2,560 -> 4,096 channels, 10.8 B parameters; and a slice of it.
 
-    python bench/full_size_surgery.py            (half an hour on 2 busy cores, 2 GiB of memory, 35 GB of disk)
+    python bench/full_size_surgery.py            (7 minutes on 2 cores, 3 GiB of memory, 35 GB of disk)
     python bench/full_size_surgery.py --quick    (2 of the 32 layers: a minute, 5 GB of disk)
 
 Each phase is the plan's own recipe through `run_surgery.py`, which streams by itself where memory is short; what a

@@ -55,3 +55,9 @@ def test_the_root_mean_square_is_of_the_whole_tensor_and_leaves_it_as_it_is() ->
         kept = tensor.clone()
         assert root_mean_square(tensor) == pytest.approx(tensor.double().square().mean().sqrt().item(), rel=1e-5)
         assert torch.equal(tensor, kept)
+
+
+def test_the_root_mean_square_of_a_large_tensor_is_of_entries_in_every_column() -> None:
+    columns = torch.linspace(0.1, 2.0, 2048)
+    tensor = (torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0)) * columns).bfloat16()
+    assert root_mean_square(tensor) == pytest.approx(tensor.double().square().mean().sqrt().item(), rel=5e-3)

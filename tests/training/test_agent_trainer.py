@@ -234,7 +234,12 @@ def test_rows_without_an_advantage_cost_nothing_and_change_no_gradient(
 def test_all_rows_are_trained_on_where_the_loss_is_more_than_advantages(tokenizer, tmp_path: Path) -> None:
     trainer = team_trainer(tokenizer, tmp_path, TeamSettings(select_roles(TEAM, ENVIRONMENTS["plan_path"])))
     assert trainer._only_advantages_teach()
-    for name, value in {"beta": 0.1, "_entropy_bonus_enabled": True, "loss_type": "grpo", "scale_rewards": "none"}.items():
+    for name, value in {
+        "beta": 0.1,
+        "_entropy_bonus_enabled": True,
+        "loss_type": "grpo",
+        "scale_rewards": "none",
+    }.items():
         before = getattr(trainer, name)
         setattr(trainer, name, value)
         assert not trainer._only_advantages_teach(), name

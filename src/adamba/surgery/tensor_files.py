@@ -16,6 +16,7 @@ from .memory import empty
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE = 2**24  # bytes; read at once while converting
+SYNCED = 2**28  # bytes; written before they go to the disk
 MAKERS = 2  # tensors made at the same time, while another one is written
 
 
@@ -104,6 +105,7 @@ def write_files(
     with ThreadPoolExecutor(MAKERS) as makers, ThreadPoolExecutor(1) as syncer:
         made = _ahead(makers, make, names)
         synced: list[Future] = []
+        waiting = 0
         try:
             for path, shapes in files.items():
                 part = path.with_name(f"{path.name}.part")
@@ -113,7 +115,11 @@ def write_files(
                         tensor = next(made)
                         file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
                         progress(tensor.nbytes)
+                        waiting += tensor.nbytes
                         del tensor  # before the next one is waited for
+                        if waiting >= SYNCED:
+                            synced.append(syncer.submit(_sync, part))
+                            waiting = 0
                 synced.append(syncer.submit(_finish, part, path))
             for future in synced:
                 future.result()
@@ -131,7 +137,14 @@ def _ahead(pool: ThreadPoolExecutor, make: Callable, names: Iterator[str]) -> It
         del tensor
 
 
-def _finish(part: Path, path: Path) -> None:
+def _sync(part: Path) -> None:
+    """To the disk, and out of memory: what is written next takes its pages, as new ones cost more than the disk."""
     with part.open("rb") as file:
         os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _finish(part: Path, path: Path) -> None:
+    _sync(part)
     part.replace(path)
