@@ -11,6 +11,7 @@ if __name__ == "__main__":
     print_kept_help()  # before the imports below, which take seconds
 
 import argparse
+import signal
 from pathlib import Path
 
 from adamba.budget.phases import read_plan
@@ -56,4 +57,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it in silence, as it ends other tools that print
     main()

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -214,3 +215,11 @@ def test_memory_counts_the_chunks_of_logits_that_training_makes() -> None:
     from adamba.training import head_losses
 
     assert memory.LOGITS_AT_ONCE == head_losses.LOGITS_AT_ONCE
+
+
+def test_a_reader_that_stops_early_ends_it_in_silence() -> None:
+    words = [sys.executable, "-u", str(ROOT / "src" / "run_plan.py"), str(ROOT / "recipes")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as plan:
+        assert plan.stdout is not None and plan.stderr is not None
+        plan.stdout.close()
+        assert plan.stderr.read() == b"" and plan.wait() == -signal.SIGPIPE
