@@ -1,5 +1,6 @@
 """Recipes: what a value may be, where it comes from, and the one line a mistake gets."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 import yaml
 from transformers import TrainingArguments
 from trl import GRPOConfig, SFTConfig
@@ -271,6 +273,19 @@ def test_script_ends_with_one_line_and_code_2(tmp_path):
     lines = [line for line in done.stderr.splitlines() if "Warning" not in line]
     assert lines[-1] == f"error: {path}: key 'lr': unknown (given 1); did you mean 'learning_rate'?"
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_process_leaves_its_group_at_a_clean_end(fails: bool) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with contextlib.suppress(RuntimeError), user_errors():
+            if fails:
+                raise RuntimeError("others may still wait")
+        assert torch.distributed.is_initialized() == fails
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def test_user_errors_lets_other_errors_through(capsys):

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from adamba.process_group import leave_process_group
 from adamba.secrets_kept import redacted
 
 
@@ -13,7 +14,8 @@ class UserError(ValueError):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a `UserError` into one line on stderr and exit code 2; any other exception keeps its traceback.
+    """Turn a `UserError` into one line on stderr and exit code 2; any other exception keeps its traceback. Where there
+    is none, the process leaves its group.
 
     Works as a decorator of a script's `main` and as a context manager.
     """
@@ -22,6 +24,7 @@ def user_errors() -> Iterator[None]:
     except UserError as error:
         print(f"error: {redacted(one_line(error))}", file=sys.stderr)
         raise SystemExit(2) from None
+    leave_process_group()  # at a clean end alone: after an error others may still be in it, and closing would wait
 
 
 def one_line(error: BaseException) -> str:
