@@ -100,8 +100,10 @@ class AgentGRPOTrainer(OptimizerMixin, GRPOTrainer):
         return teaches
 
     def _rows_that_teach(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As many rows on every process, since TRL gathers a figure of each: others join where there are fewer."""
         teaches = self._teaches(inputs)
-        rows = len(teaches)
+        rows, most = len(teaches), int(self.accelerator.gather(teaches.sum()).max())
+        teaches[(~teaches).nonzero()[: most - int(teaches.sum())]] = True
         return {
             key: value[teaches] if isinstance(value, torch.Tensor) and value.shape[:1] == (rows,) else value
             for key, value in inputs.items()
