@@ -1,6 +1,7 @@
 """DPO and GRPO in two processes (gloo) by the sharding files of `accelerate_configs/`: they train and publish."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import run_dpo  # noqa: F401  before the forks: each of them would import it anew
 import run_grpo
 from adamba.model import AdambaForCausalLM
+from adamba.training.agent_trainer import AgentGRPOTrainer
 from adamba.training.checkpoints import fault
 from adamba.training.sharding import saved_by
 from processes import assert_close, checkpoints, largest_difference, launch
@@ -90,6 +92,24 @@ def test_grpo_under_zero2_is_grpo(folder: Path, tmp_path: Path, monkeypatch) -> 
     with pytest.raises(AssertionError):
         assert_close(folder / "model", tmp_path / "zero2")
     assert_published(tmp_path / "zero2", "zero2", tmp_path / "ddp_cpu")
+
+
+def test_processes_keep_in_step_where_one_has_nothing_to_learn(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    def on_the_first_process(rewards):
+        def uneven(completions, **_) -> list[float]:
+            return [len(json.dumps(completion)) % 7 * float(os.environ["RANK"] == "0") for completion in completions]
+
+        return [uneven], [1.0]
+
+    monkeypatch.setattr(run_grpo, "select_rewards", on_the_first_process)
+    for name in ("rows_with_an_advantage", "all_rows"):
+        if name == "all_rows":
+            monkeypatch.setattr(AgentGRPOTrainer, "_only_advantages_teach", lambda trainer: False)
+        where = ("--output_dir", tmp_path / name)
+        launch(2, tmp_path, folder / "grpo.yaml", *where, config="ddp_cpu", rows=8, script="run_grpo.py")
+    assert_close(tmp_path / "rows_with_an_advantage", tmp_path / "all_rows")
+    with pytest.raises(AssertionError):
+        assert_close(folder / "model", tmp_path / "all_rows")
 
 
 @pytest.mark.parametrize(("config", "split"), [("zero3", "ZeRO-3"), ("fsdp2", "FSDP")])
