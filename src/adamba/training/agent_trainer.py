@@ -94,15 +94,13 @@ class AgentGRPOTrainer(OptimizerMixin, GRPOTrainer):
         return self.scale_rewards == "group" and self.loss_type in ("dapo", "cispo")
 
     def _teaches(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """Which rows have an advantage; the first where none has, since every process takes part in a step."""
-        teaches = inputs["advantages"].abs() > ROUNDING
-        teaches[0] |= not teaches.any()
-        return teaches
+        """Which rows have an advantage."""
+        return inputs["advantages"].abs() > ROUNDING
 
     def _rows_that_teach(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As many rows on every process, since TRL gathers a figure of each: others join where there are fewer."""
+        """As many rows on every process, and one at least, since TRL gathers a figure of each: others fill up."""
         teaches = self._teaches(inputs)
-        rows, most = len(teaches), int(self.accelerator.gather(teaches.sum()).max())
+        rows, most = len(teaches), max(1, int(self.accelerator.gather(teaches.sum()).max()))
         teaches[(~teaches).nonzero()[: most - int(teaches.sum())]] = True
         return {
             key: value[teaches] if isinstance(value, torch.Tensor) and value.shape[:1] == (rows,) else value
