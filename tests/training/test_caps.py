@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def clock(monkeypatch):
             return now["began"]
 
     now["began"] = now["time"]
-    monkeypatch.setattr(caps.psutil, "Process", JustStarted)
+    monkeypatch.setattr(caps, "psutil", SimpleNamespace(Process=JustStarted))  # others need the real one
     monkeypatch.setattr(caps.time, "time", lambda: now["time"])
     return now
 
