@@ -268,6 +268,19 @@ def test_rows_of_two_roles_get_the_log_probabilities_of_their_own_adapter(tokeni
             torch.testing.assert_close(mixed[row : row + 1], alone)
 
 
+def test_a_resumed_team_goes_on_with_its_games_to_the_same_bits(tokenizer, tmp_path: Path) -> None:
+    team = TeamSettings(select_roles(TEAM, ENVIRONMENTS["plan_path"]), num_parallel_games=2, stray_fraction=1.0)
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    whole = team_trainer(tokenizer, tmp_path / "whole", team, **saving)
+    whole.train()
+    assert len(json.loads((tmp_path / "whole/checkpoint-2/games_0.json").read_text())) == 2
+    resumed = team_trainer(tokenizer, tmp_path / "resumed", team, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    assert [game.record() for game in resumed._games] == [game.record() for game in whole._games]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
 def test_training_stops_at_the_tokens_that_were_allowed(tokenizer, tmp_path: Path) -> None:
     team = TeamSettings(select_roles(TEAM, ENVIRONMENTS["plan_path"]), max_turns=3)
     trainer = AtGrpoTrainer(

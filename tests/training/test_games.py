@@ -104,6 +104,45 @@ def test_a_group_is_one_instance_agent_and_turn_and_the_best_is_continued(tokeni
     assert all(game.success for game in games if game.is_over(9))
 
 
+def test_games_go_on_in_the_next_batch_as_if_there_was_one(tokenizer) -> None:
+    def play(*pieces: int) -> dict:
+        left, games, rewards = iter(rows(40, min_steps=3)), [], {}
+        for num_groups in pieces:
+            groups, games = play_games(
+                left,
+                TEAM,
+                tokenizer,
+                Speaker(tokenizer, lambda *said: "nothing" if said[3] % 2 else solver(*said)),
+                max_turns=9,
+                num_parallel=5,
+                num_candidates=2,
+                num_groups=num_groups,
+                begun=[
+                    Game.replay(json.loads(json.dumps(game.record())), TEAM) for game in games if not game.is_over(9)
+                ],
+            )
+            rewards |= {group.key: [(one.team, one.local) for one in group.candidates] for group in groups}
+        return rewards
+
+    whole = play(40)
+    assert len(whole) == 40 and {turn for _, _, turn in whole} >= {0, 1, 2}
+    assert play(*[5] * 8) == whole
+    assert play(*[8] * 5).items() >= dict(list(whole.items())[:30]).items(), "stopped where some have spoken"
+
+
+def test_a_replayed_game_stands_where_it_stood(tokenizer) -> None:
+    def say(role: str, board: str, note: str, index: int) -> str:
+        return "nothing" if index == 1 else solver(role, board.partition("\nRefused")[0], note, index)
+
+    for num_groups in (3, 5, 8):
+        speaker, options = Speaker(tokenizer, say), {"max_turns": 9, "num_parallel": 3, "num_groups": num_groups}
+        for game in play_games(iter(rows(9, min_steps=5)), TEAM, tokenizer, speaker, **options)[1]:
+            again = Game.replay(json.loads(json.dumps(game.record())), TEAM)
+            assert again.observation() == game.observation() and again.outcome == game.outcome
+            for name in ("agent", "turn", "notes", "refused", "results", "log", "key", "num_invalid_actions"):
+                assert getattr(again, name) == getattr(game, name), name
+
+
 def test_strays_meet_their_mistakes_the_same_each_time(tokenizer) -> None:
     def say(role: str, board: str, note: str, index: int) -> str:
         move = best_moves(board.partition("\nRefused")[0])

@@ -54,7 +54,8 @@ class AgentConfig(SpendingCaps, HubKeys, OptimizerKeys, GRPOConfig):
     turn_discount: float = field(default=1.0, metadata={"help": "Groups of turn t weigh its t-th power in the loss."})
     max_turns: int = field(default=12, metadata={"help": "Turns after which a team's game is over."})
     num_parallel_games: int = field(
-        default=8, metadata={"help": "Games of a team at once in a batch; fewer reach later turns."}
+        default=8,
+        metadata={"help": "Games of a team at once; those that a batch leaves unfinished go on in the next."},
     )
     stray_fraction: float = field(
         default=0.0,

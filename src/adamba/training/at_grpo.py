@@ -5,6 +5,7 @@ with the candidates of one group (`adamba.training.games`), so its own normalisa
 Loss, clipping (`epsilon`), KL (`beta`), entropy and logging are TRL's.
 """
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from adamba.errors import UserError
 from adamba.tasks.roles import Role
 from adamba.training.agent_rows import own_columns
 from adamba.training.agent_trainer import AgentGRPOTrainer
-from adamba.training.games import Group, play_games
+from adamba.training.games import Game, Group, play_games
 from adamba.training.role_adapters import activate, save_roles, train_all_roles
 
 
@@ -30,7 +31,7 @@ class TeamSettings:
         max_turns: Turns after which a game is over.
         alpha: A candidate's reward is `alpha` × team + local.
         turn_discount: Groups of turn t weigh its t-th power.
-        num_parallel_games: Games played at once in a batch; fewer reach later turns.
+        num_parallel_games: Games played at once; those that a batch leaves unfinished go on in the next one.
         stray_fraction: How often any candidate is continued in place of the best.
         per_role: One LoRA adapter a role.
     """
@@ -84,6 +85,7 @@ class AtGrpoTrainer(AgentGRPOTrainer):
         self.team_settings = team_settings
         self._rows: list[dict[str, Any]] = []
         self._groups: list[Group] = []
+        self._games: list[Game] = []
         self._row_roles: torch.Tensor | None = None
         # TRL would copy an adapter named "default" as the reference; ours is the base, with all adapters off.
         beta = args.beta
@@ -104,6 +106,21 @@ class AtGrpoTrainer(AgentGRPOTrainer):
                 save_roles(self.accelerator.unwrap_model(self.model), Path(output_dir))
             return
         super().save_model(output_dir, _internal_call)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """What each process keeps of its own: the games that the next batch goes on with, too."""
+        super()._save_rng_state(output_dir)
+        records = [game.record() for game in self._games]
+        self._games_file(output_dir).write_text(json.dumps(records), encoding="utf-8")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self._games_file(checkpoint).is_file():
+            records = json.loads(self._games_file(checkpoint).read_text(encoding="utf-8"))
+            self._games = [Game.replay(record, self.team_settings.roles) for record in records]
+
+    def _games_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"games_{self.args.process_index}.json"
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rows = inputs
@@ -144,7 +161,10 @@ class AtGrpoTrainer(AgentGRPOTrainer):
             num_candidates=size,
             num_groups=len(prompts) // size,
             stray_fraction=settings.stray_fraction,
+            begun=self._games if self.model.training else (),
         )
+        if self.model.training:
+            self._games = [game for game in games if not game.is_over(settings.max_turns)]
         outside = time.perf_counter() - started - seconds
         check_groups(self._groups, size, len(prompts))
         self._row_roles = self._of_rows([group.role_index for group in self._groups])

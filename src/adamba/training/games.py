@@ -54,6 +54,18 @@ class Game:
         environment.reset(**{key: value for key, value in row.items() if key != "environment"})
         return cls(row, environment, roles)
 
+    @classmethod
+    def replay(cls, record: Row, roles: Sequence[Role]) -> "Game":
+        """The game of a `record`: all but the number of tokens follows from what was said."""
+        game = cls.start(record["row"], roles)
+        for text in record["said"]:
+            advance(game, consider(game, text), num_tokens=0)
+        return game
+
+    def record(self) -> Row:
+        """What the game can be replayed from, as plain JSON."""
+        return {"row": self.row, "said": [text for _, text, _ in self.log]}
+
     @property
     def role(self) -> Role:
         """Whose move it is."""
@@ -201,26 +213,27 @@ def play_games(
     num_candidates: int = 1,
     num_groups: int | None = None,
     stray_fraction: float = 0.0,
+    begun: Sequence[Game] = (),
 ) -> tuple[list[Group], list[Game]]:
     """Play games until the rows, or `num_groups`, are used up. Games that are over make room for new ones.
 
-    Returns the groups in the order they were spoken, and all games that were begun (the last ones may be unfinished
-    when `num_groups` ends the play).
+    Returns the groups in the order they were spoken, and all games that were played (those that are not over when
+    `num_groups` ends the play can be the next one's `begun`).
 
     Args:
+        begun: Games of an earlier play, which go on.
         stray_fraction: How often not the best candidate but any is continued. The best ones alone never lead to the
             states after a mistake, in which the team then stands when nobody chooses for it.
 
     Raises:
         ValueError: `rows` end before `num_groups` groups were made.
     """
-    live: list[Game] = []
-    games: list[Game] = []
+    live, games = list(begun), list(begun)
     groups: list[Group] = []
     while num_groups is None or len(groups) < num_groups:
-        # Everyone is at the same agent: new games join when a turn begins.
         live = [game for game in live if not game.is_over(max_turns)]
-        if not live or live[0].agent == 0:
+        agent = min((game.agent for game in live), default=0)
+        if agent == 0:  # a turn begins
             for row in rows if len(live) < num_parallel else ():
                 live.append(Game.start(row, roles))
                 games.append(live[-1])
@@ -230,7 +243,10 @@ def play_games(
             if num_groups is not None:
                 raise ValueError(f"play_games: the rows ended after {len(groups)} of {num_groups} groups")
             break
-        playing = live if num_groups is None else live[: num_groups - len(groups)]
+        # One role speaks at a time. `num_groups` may have stopped some games before it and others behind it.
+        playing = [game for game in live if game.agent == agent]
+        if num_groups is not None:
+            playing = playing[: num_groups - len(groups)]
         prompts = [prompt_ids(game, tokenizer) for game in playing]
         replies = speak([prompt for prompt in prompts for _ in range(num_candidates)], playing[0].role.name)
         for index, (game, prompt) in enumerate(zip(playing, prompts, strict=True)):
