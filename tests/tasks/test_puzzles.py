@@ -206,7 +206,7 @@ def test_sokoban_rules() -> None:
 def test_sudoku_has_one_solution_and_its_givens_hold() -> None:
     for seed in range(30):
         puzzle = TASKS["sudoku"].prompt(seed, "train")["puzzle"]
-        blanks = [cell for cell, mark in enumerate(puzzle) if mark == "."]
+        blanks = [cell for cell, mark in enumerate(puzzle) if mark == grids.EMPTY]
         fits = [
             filled
             for digits in itertools.product("1234", repeat=len(blanks))
@@ -216,7 +216,7 @@ def test_sudoku_has_one_solution_and_its_givens_hold() -> None:
         ]
         assert fits == [grids.solution(puzzle)] or len(blanks) > 5
         environment = started("sudoku", TASKS["sudoku"].prompt(seed, "train"))
-        given = next(cell for cell, mark in enumerate(puzzle) if mark != ".")
+        given = next(cell for cell, mark in enumerate(puzzle) if mark != grids.EMPTY)
         answer = environment.fill(f"{given // 4 + 1}{given % 4 + 1}{5 - int(puzzle[given])}")
         assert answer.startswith("A given cell.") and environment._grid == puzzle
         first = environment._solver_argument().split()[0]
@@ -226,9 +226,9 @@ def test_sudoku_has_one_solution_and_its_givens_hold() -> None:
 
 def test_sudoku_solutions_of_nine_are_unique() -> None:
     puzzle = TASKS["sudoku"].prompt(3, "train", **HARDER["sudoku"])["puzzle"]
-    assert len(grids.solutions(puzzle, 2)) == 1 and 20 <= puzzle.count(".") <= 30
+    assert len(grids.solutions(puzzle, 2)) == 1 and 20 <= puzzle.count(grids.EMPTY) <= 30
     with pytest.raises(ValueError, match="no solution"):
-        grids.solution("11" + "." * 14)
+        grids.solution("11" + grids.EMPTY * 14)
 
 
 def test_plan_path_distances_are_those_of_single_steps() -> None:

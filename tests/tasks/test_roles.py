@@ -39,7 +39,7 @@ def test_a_bad_team_gets_one_line(given, message: str) -> None:
 
 @pytest.mark.parametrize("name", ["plan_path", "sudoku", "sokoban"])
 def test_examples_of_roles_are_the_solvers_turns(name: str) -> None:
-    seen, num_refused = set(), 0
+    seen, num_refused, num_done = set(), 0, 0
     for seed in range(60):
         row = TASKS[name].example(seed, "train", roles=["planner", "actor"], role_fraction=1.0)
         system, user, turn = row["messages"]
@@ -48,6 +48,7 @@ def test_examples_of_roles_are_the_solvers_turns(name: str) -> None:
         role = next(role for role in ROLES.values() if role.system_prompt == system["content"])
         board, _, note = user["content"].partition("\nplanner: ")
         seen.add((role.name, bool(note)))
+        num_done += "\nDone: " in board
         if refused := re.search(r"\nRefused: (\S+) [A-Z].*\.$", board):
             num_refused += 1
             done = (
@@ -61,7 +62,7 @@ def test_examples_of_roles_are_the_solvers_turns(name: str) -> None:
             said = turn["tool_calls"][0]["function"]
             assert said["name"] == tool and said["arguments"][argument]
             assert role_messages(role, board, [("planner", note)])[1] == user
-    assert seen == {("planner", False), ("actor", True)} and 0 < num_refused < 30
+    assert seen == {("planner", False), ("actor", True)} and 0 < num_refused < 30 and 3 < num_done < 60
     same = [TASKS[name].example(3, "train", role_fraction=1.0) for _ in range(2)]
     assert json.dumps(same[0]) == json.dumps(same[1])
     assert len(TASKS[name].example(3, "train", role_fraction=0.0)["messages"]) > 3

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 
 import pytest
 
@@ -47,9 +48,10 @@ class Speaker:
         return [self.tokenizer.encode(text + "<|im_end|>") for text in said]
 
 
-def best_moves(board: str) -> str:
+def best_moves(observation: str) -> str:
+    board = re.split("\n(?:Done|Refused)", observation)[0]
     environment = PATH.environment()
-    environment.reset(grid=board, moves_per_call=2)
+    environment.reset(grid=board.replace(" ", ""), moves_per_call=2)
     return environment._solver_argument()
 
 
@@ -132,20 +134,20 @@ def test_games_go_on_in_the_next_batch_as_if_there_was_one(tokenizer) -> None:
 
 def test_a_replayed_game_stands_where_it_stood(tokenizer) -> None:
     def say(role: str, board: str, note: str, index: int) -> str:
-        return "nothing" if index == 1 else solver(role, board.partition("\nRefused")[0], note, index)
+        return "nothing" if index == 1 else solver(role, board, note, index)
 
     for num_groups in (3, 5, 8):
         speaker, options = Speaker(tokenizer, say), {"max_turns": 9, "num_parallel": 3, "num_groups": num_groups}
         for game in play_games(iter(rows(9, min_steps=5)), TEAM, tokenizer, speaker, **options)[1]:
             again = Game.replay(json.loads(json.dumps(game.record())), TEAM)
             assert again.observation() == game.observation() and again.outcome == game.outcome
-            for name in ("agent", "turn", "notes", "refused", "results", "log", "key", "num_invalid_actions"):
+            for name in ("agent", "turn", "notes", "past", "results", "log", "key", "num_invalid_actions"):
                 assert getattr(again, name) == getattr(game, name), name
 
 
 def test_strays_meet_their_mistakes_the_same_each_time(tokenizer) -> None:
     def say(role: str, board: str, note: str, index: int) -> str:
-        move = best_moves(board.partition("\nRefused")[0])
+        move = best_moves(board)
         return (move if role == "planner" else call(move)) if index % 4 == 2 else "nothing"
 
     def play(fraction: float) -> list[tuple[int, int]]:
@@ -206,16 +208,20 @@ def test_what_cannot_be_used_is_answered_and_costs_the_turn(text: str, answer: s
     assert (game.turn, game.num_actions, game.num_invalid_actions) == (1, 1, 1) and not game.success
 
 
-def test_roles_read_what_was_refused_until_the_board_changes() -> None:
-    game = Game.start(rows(1)[0], TEAM)
-    board = game.observation()
-    blocked = next(move for move in DIRECTIONS if walk(board, position_of(board), move) is None)
+def test_roles_read_what_was_done_last_and_refused_since() -> None:
+    game = Game.start(rows(9, min_steps=5)[0], TEAM)
+    board, grid = game.observation(), game.row["grid"]
+    blocked = next(move for move in DIRECTIONS if walk(grid, position_of(grid), move) is None)
     for text in ("no matter", call(blocked), "no matter", "?"):
         advance(game, consider(game, text), 1)
     assert game.observation() == f"{board}\nRefused: {blocked} Blocked.\nRefused: error: call one tool"
     for text in ("no matter", call(best_moves(board))):
         advance(game, consider(game, text), 1)
-    assert "Refused" not in game.observation() and game.observation() != board
+    assert game.observation() == f"{game.environment._observation()}\nDone: {best_moves(board)}"
+    assert board not in game.observation()
+    for text in ("no matter", "?"):
+        advance(game, consider(game, text), 1)
+    assert game.observation().endswith(f"\nDone: {best_moves(board)}\nRefused: error: call one tool")
 
 
 def test_running_out_of_turns_is_no_success(tokenizer) -> None:

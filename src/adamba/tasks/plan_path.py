@@ -1,8 +1,8 @@
 """Plan path: find the way through a grid with blocks; each turn calls `move` with one or more steps.
 
-    Path: take @ to G, at most 4 moves a call.   →  move("RRDD")  →  ..#. …  →  …  →  Solved.
-    @.#.
-    …
+    Path: take @ to G, at most 4 moves a call.   →  move("RRDD")  →   . . # . …  →  …  →  Solved.
+     @ . # .
+     …
 
 The solver walks the shortest way, always the same one in a position.
 """
@@ -16,6 +16,7 @@ from adamba.tasks.plan_path_rules import (
     DIRECTIONS,
     bare,
     distances,
+    drawn,
     goal_of,
     position_of,
     random_grid,
@@ -106,7 +107,7 @@ class PlanPathEnvironment(PuzzleEnvironment):
         return max(0.0, 1.0 - self._distances[self._position] / max(1, self._best_work))
 
     def _observation(self) -> str:
-        return show(self._grid, self._position, self._goal)
+        return drawn(show(self._grid, self._position, self._goal))
 
     def _solver_argument(self) -> str:
         return solver_walk(self._grid, self._position, self._goal, self._moves_per_call)
@@ -117,7 +118,7 @@ def prompt(seed: int, split: Split, **settings: object) -> Row:
     config = settings_from(PlanPathSettings, NAME, settings)
     grid, _ = draw_instance(NAME, seed, split, lambda rng: _draw(rng, config), str)
     return {
-        "prompt": [{"role": "user", "content": PHRASING.format(config.moves_per_call, grid)}],
+        "prompt": [{"role": "user", "content": PHRASING.format(config.moves_per_call, drawn(grid))}],
         "environment": NAME,
         "seed": seed,
         "split": split,

@@ -82,6 +82,13 @@ def show(grid: str, position: int, goal: int) -> str:
     return "".join(marks)
 
 
+def drawn(grid: str) -> str:
+    """The grid as it is read, a space before each cell: a tokenizer joins cells that touch, two here and three there,
+    so that no column would keep its place.
+    """
+    return "\n".join("".join(f" {cell}" for cell in row) for row in grid.split("\n"))
+
+
 def bare(grid: str) -> str:
     """The grid without walker and goal."""
     return grid.replace(WALKER, FREE).replace(GOAL, FREE).replace(ARRIVED, FREE)

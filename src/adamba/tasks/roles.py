@@ -87,11 +87,20 @@ def role_messages(role: Role, observation: str, notes: Sequence[tuple[str, str]]
     return [{"role": "system", "content": role.system_prompt}, {"role": "user", "content": text}]
 
 
+def accepted(argument: str) -> str:
+    """How the last call that was not refused stands under the state that it led to.
+
+    Roles read the state, not the past: without this line one that goes back to where the team came from would not know
+    it, and the team go to and fro until its calls are used up.
+    """
+    return f"Done: {argument[:MAX_NOTE_CHARACTERS]}"
+
+
 def refusal(argument: str, result: str) -> str:
     """How a refused call stands under the state that it left as it was.
 
-    Roles read the state, not the past: without this line nothing would have changed for them, and what is likeliest
-    would be called, and refused, again.
+    Without this line nothing would have changed for the roles, and what is likeliest would be called, and refused,
+    again.
     """
     reason = result.partition("\n")[0]
     return " ".join(filter(None, ("Refused:", argument[:MAX_NOTE_CHARACTERS], reason)))
@@ -113,11 +122,12 @@ def role_example(environment: Any, roles: Sequence[Role], worse: Any, task: str,
         worse: As in `puzzle_task`.
     """
     rng = random.Random(f"{task}/roles/{split}/{seed}")
+    past = []
     for _ in range(rng.randrange(environment._best_calls)):
+        past = [accepted(environment._solver_argument())]
         environment._solver_turn()
-    observation = environment._observation()
     if rng.random() < REFUSED_FRACTION:
-        observation += _refused_call(environment, worse, rng)
+        past += _refused_call(environment, worse, rng)
     index = rng.randrange(len(roles))
     best = environment._solver_argument()
     wrong = roles[index].speaks == "call" and rng.random() < WRONG_NOTE_FRACTION
@@ -127,13 +137,13 @@ def role_example(environment: Any, roles: Sequence[Role], worse: Any, task: str,
     role = roles[index]
     turn = environment._call(best) if role.speaks == "call" else {"role": "assistant", "content": best}
     return {
-        "messages": [*role_messages(role, observation, notes), turn],
+        "messages": [*role_messages(role, "\n".join([environment._observation(), *past]), notes), turn],
         "tools": role_tools(role, type(environment)),
     }
 
 
-def _refused_call(environment: Any, worse: Any, rng: random.Random) -> str:
-    """A line about a worse call, if it would be refused as the puzzle stands."""
+def _refused_call(environment: Any, worse: Any, rng: random.Random) -> list[str]:
+    """The line about a worse call, if it would be refused as the puzzle stands."""
     trial, argument = copy.deepcopy(environment), worse(environment, rng)
     result = getattr(trial, environment._tool[0])(argument)
-    return "" if trial._valid_calls > environment._valid_calls else "\n" + refusal(argument, result)
+    return [] if trial._valid_calls > environment._valid_calls else [refusal(argument, result)]

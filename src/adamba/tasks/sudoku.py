@@ -1,7 +1,7 @@
 """Sudoku, 4×4 or 9×9: each turn calls `fill` with one or more cells until the grid is full.
 
-    Sudoku: fill every . , at most 4 cells a call.   →  fill("122 143")  →  1234 …  →  …  →  Solved.
-    1.34
+    Sudoku: fill every 0, at most 4 cells a call.   →  fill("122 143")  →  1234 …  →  …  →  Solved.
+    1034
     …
 
 Every puzzle has exactly one solution; givens cannot be changed.
@@ -28,7 +28,7 @@ from adamba.tasks.sudoku_rules import (
 from adamba.tasks.task import Row, Split, draw_instance, settings_from
 
 NAME = "sudoku"
-PHRASING = "Sudoku: fill every . , at most {} cells a call.\n{}"
+PHRASING = "Sudoku: fill every 0, at most {} cells a call.\n{}"
 CELLS = re.compile(r"[1-9]{3}(?: [1-9]{3})*")
 MAX_CHARACTERS = 400
 

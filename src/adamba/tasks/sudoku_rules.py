@@ -1,13 +1,13 @@
 """Sudoku as pure functions, 4×4 and 9×9: generation with exactly one solution, an exact solver, one step of it.
 
-A grid is its digits row by row, `.` where a cell is empty.
+A grid is its digits row by row, 0 where a cell is empty: each cell is one token, where dots would be joined.
 """
 
 import random
 from functools import lru_cache
 
 SIZES = (4, 9)
-EMPTY = "."
+EMPTY = "0"
 
 
 def size_of(grid: str) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adamba.tasks import ENVIRONMENTS, tool_methods
-from adamba.tasks.roles import MAX_NOTE_CHARACTERS, Role, refusal, role_messages, role_tools
+from adamba.tasks.roles import MAX_NOTE_CHARACTERS, Role, accepted, refusal, role_messages, role_tools
 from adamba.tools import ToolCall, parse_tool_calls, run_tool_call
 
 Row = dict[str, Any]
@@ -28,7 +28,7 @@ class Game:
         row: The task row it is played from.
         notes: What was proposed in this turn: (role, text).
         results: What tools answered so far, for environments that have no observation of their own.
-        refused: Calls that left the state as it is, since it last changed.
+        past: The last call that changed the state, and those that were refused since.
         log: Everything said: (role, text, what followed).
         final_text: Of a role that answers; ends the game.
         num_actions, num_invalid_actions: What was said, and how much of it could not be used.
@@ -41,7 +41,7 @@ class Game:
     turn: int = 0
     notes: list[tuple[str, str]] = field(default_factory=list)
     results: list[str] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
+    past: list[str] = field(default_factory=list)
     log: list[tuple[str, str, str]] = field(default_factory=list)
     final_text: str | None = None
     num_actions: int = 0
@@ -91,7 +91,7 @@ class Game:
     def observation(self) -> str:
         """The state as any role reads it."""
         if hasattr(self.environment, "_observation"):
-            return "\n".join([self.environment._observation(), *self.refused])
+            return "\n".join([self.environment._observation(), *self.past])
         return "\n".join([self.row["prompt"][-1]["content"], *self.results])
 
 
@@ -187,7 +187,8 @@ def advance(game: Game, candidate: Candidate, num_tokens: int) -> None:
     elif role.speaks == "answer":
         game.final_text = content
     else:
-        game.refused = [] if candidate.local else [*game.refused, refusal(_argument(calls), candidate.result)]
+        argument = _argument(calls)
+        game.past = [accepted(argument)] if candidate.local else [*game.past, refusal(argument, candidate.result)]
         if candidate.result:
             game.results.append(f"{role.name}: {candidate.result}")
     game.log.append((role.name, candidate.text, candidate.result))
