@@ -21,20 +21,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from runs import ROOT, WORK, command, metrics_of, write_results
 
+from adamba.recipe_file import read_recipe
+
 GAMES = ("plan_path", "sudoku")
 ARMS = ("3_shared", "2_grpo", "4_per_role")
 KEYS = ("success_rate", "success_low", "success_high", "mean_turns", "invalid_action_rate", "tokens_per_episode")
 WAYS = ("single", "team", "team_swapped")
 
 
-def run(name: str, checkpoint: Path, *arguments: object) -> dict[str, Any]:
+def run(game: str, arm: str, checkpoint: Path, *arguments: object) -> dict[str, Any]:
     """Train and measure, unless that is done; the metrics."""
-    recipe = f"recipes/games/{name}.yaml"
     if not (checkpoint / "metrics.json").is_file():
-        script = "run_sft.py" if name.endswith("_sft") else "run_grpo.py"
+        script = "run_sft.py" if arm == "1_sft" else "run_grpo.py"
+        recipe = f"recipes/games/{game}_{arm}.yaml"
         command(script, recipe, "--output_dir", checkpoint, "--disable_tqdm", "true", *arguments)
     if "eval_seconds" not in metrics_of(checkpoint):
-        command("run_games.py", "recipes/games/eval.yaml", "--model_name_or_path", checkpoint)
+        # The SFT has shown short games; all are measured on those of the reinforcement learning.
+        settings = read_recipe(ROOT / "recipes" / "games" / f"{game}_2_grpo.yaml")["task_settings"]
+        given = ("--model_name_or_path", checkpoint, "--task_settings", json.dumps(settings))
+        command("run_games.py", "recipes/games/eval.yaml", *given)
     return metrics_of(checkpoint)
 
 
@@ -67,15 +72,14 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     outside: list[float] = []
     for game in options.games:
-        sft = work / f"{game}_1_sft"
-        rows += rows_of(game, "1_sft", 0, run(f"{game}_1_sft", sft))
+        rows += rows_of(game, "1_sft", 0, run(game, "1_sft", work / f"{game}_1_sft"))
     for seed in range(options.seeds):
         for game in options.games:
             for arm in options.arms:
                 checkpoint = work / f"{game}_{arm}_{seed}"
                 model = work / f"{game}_1_sft"
                 keys = ("--model_name_or_path", model, "--seed", seed, "--mix_seed", seed + 1)
-                rows += rows_of(game, arm, seed, run(f"{game}_{arm}", checkpoint, *keys))
+                rows += rows_of(game, arm, seed, run(game, arm, checkpoint, *keys))
                 outside += outside_generate(checkpoint)
                 facts: dict[str, Any] = {"targets": {"points_over_one_agent": 20, "success_rate": 0.95}}
                 if outside:

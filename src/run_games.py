@@ -42,6 +42,10 @@ class GamesArguments:
     max_new_tokens: int = field(default=40, metadata={"help": "Tokens in one turn of an agent."})
     num_examples: int = field(default=2, metadata={"help": "Wins and losses kept as transcripts, each."})
 
+    task_settings: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Harder games than it was trained on: task -> settings that differ."}
+    )
+
     def __post_init__(self) -> None:
         for name in ("num_episodes", "max_turns", "max_new_tokens"):
             if getattr(self, name) < 1:
@@ -57,7 +61,10 @@ def main() -> None:
     model, tokenizer = load_model_and_tokenizer(model_args)
     model = load_roles(model, folder)
     task, settings, roles, ways = ways_to_play(folder, isinstance(model, PeftModel))
-    games = GameSettings(settings={task: settings})
+    for name in args.task_settings:
+        if name != task:
+            raise UserError(f"task_settings: {folder} plays {task}, not {name}")
+    games = GameSettings(settings={task: settings | args.task_settings.get(task, {})})
     rows = task_rows(task, args.num_episodes, games, first_seed=args.first_seed)
 
     metrics: dict[str, float | str] = {"game": task}

@@ -54,8 +54,8 @@ def recipe(name: str, checkpoint: Path, folder: Path, **changes) -> Path:
     )
 
 
-def play(run: Callable[..., None], folder: Path) -> dict:
-    options = ["--num_episodes", "3", "--max_turns", "2", "--max_new_tokens", "6"]
+def play(run: Callable[..., None], folder: Path, *given: object) -> dict:
+    options = ["--num_episodes", "3", "--max_turns", "2", "--max_new_tokens", "6", *given]
     run("run_games.py", "--model_name_or_path", folder, *options)
     return json.loads((folder / "metrics.json").read_text())
 
@@ -93,10 +93,16 @@ def test_a_team_of_two_policies_trains_saves_the_best_resumes_and_is_played(run,
     assert json.loads((out / "metrics.json").read_text())["train_steps"] == 2
 
 
-def test_one_shared_policy_and_the_untrained_ways(run, checkpoint, tmp_path: Path) -> None:
+def test_one_shared_policy_and_the_untrained_ways(run, checkpoint, tmp_path: Path, capsys) -> None:
     run("run_grpo.py", recipe("sudoku_3_shared", checkpoint, tmp_path, max_steps=1))
     metrics = play(run, tmp_path / "out")
     assert metrics["game"] == "sudoku" and "success_rate_team" in metrics and "success_rate_single" not in metrics
+    play(run, tmp_path / "out", "--task_settings", "{sudoku: {size: 9, min_blanks: 30, max_blanks: 30}}")
+    games = json.loads((tmp_path / "out/games.json").read_text())["transcripts"]
+    assert all(len(game["lines"][0]) == 89 and game["lines"][0].count("0") == 30 for game in games), "not those asked"
+    with pytest.raises(SystemExit):
+        play(run, tmp_path / "out", "--task_settings", "{sokoban: {size: 6}}")
+    assert "out plays sudoku, not sokoban" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
