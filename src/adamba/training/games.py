@@ -253,7 +253,8 @@ def play_games(
         for index, (game, prompt) in enumerate(zip(playing, prompts, strict=True)):
             own = replies[index * num_candidates : (index + 1) * num_candidates]
             texts = tokenizer.batch_decode(own, skip_special_tokens=True)
-            candidates = [consider(game, text) for text in texts]
+            judged = {text: consider(game, text) for text in dict.fromkeys(texts)}  # most of a group agree
+            candidates = [judged[text] for text in texts]
             groups.append(Group(game.key, game.agent, game.turn, prompt, own, candidates))
             chosen = max(range(num_candidates), key=lambda i: alpha * candidates[i].team + candidates[i].local)
             chance = random.Random(f"{game.key}/{game.num_actions}")
