@@ -91,7 +91,7 @@ def accepted(argument: str) -> str:
     """How the last call that was not refused stands under the state that it led to.
 
     Roles read the state, not the past: without this line one that goes back to where the team came from would not know
-    it, and the team go to and fro until its calls are used up.
+    it, and the team would go to and fro until its calls are used up.
     """
     return f"Done: {argument[:MAX_NOTE_CHARACTERS]}"
 
