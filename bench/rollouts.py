@@ -147,6 +147,8 @@ def main() -> None:
             trainer = make_trainer(options.checkpoint, options.episodes, options.steps + 1, folder)
             if loop == "stock":
                 trainer._can_keep_caches = trainer._only_advantages_teach = lambda: False  # type: ignore[method-assign]
+            elif not trainer._can_keep_caches():
+                sys.exit(f"bench/rollouts.py: caches of {options.checkpoint} cannot be kept between turns")
             parts = Parts(trainer)
             trainer.train()
         steps = parts.steps[1:]

@@ -306,11 +306,14 @@ def load_model_and_tokenizer(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     Both, with matching vocabularies. With `data_args`, a `vocab_size` in the recipe trains the tokenizer. For
-    `training` the model forgets a calibrated exit threshold: it belongs to the weights it was measured on.
+    `training` the model forgets a calibrated exit threshold, and how to use it: it belongs to the weights it was
+    measured on, and episodes of a model that leaves early cannot keep their caches.
     """
     tokenizer = make_tokenizer(args, data_args) if data_args is not None else load_tokenizer(args)
     model = load_model(args, vocab_size=len(tokenizer))
     match_vocabulary(model, tokenizer, args.tokenizer_name_or_path or args.model_name_or_path)
-    if training and hasattr(model.generation_config, "exit_threshold"):
-        model.generation_config.exit_threshold = None
+    if training:
+        for key in ("exit_threshold", "exit_mode"):
+            if hasattr(model.generation_config, key):
+                setattr(model.generation_config, key, None)
     return model, tokenizer

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from adamba.loading import ModelArguments, load_model_and_tokenizer
 from adamba.model import AdambaForCausalLM
+from adamba.model.decoding_adamba import OPTIONS
 from adamba.publish import verify_files
 from tiny_runs import DATA, HYBRID, LEVELS, TRAIN, runner, tensors, write_recipe
 
@@ -175,6 +176,7 @@ def test_the_calibrated_threshold_is_in_the_checkpoint(
     assert model.generation_config.exit_threshold == threshold
     trained_on, _ = load_model_and_tokenizer(ModelArguments(model_name_or_path=name), training=True)
     assert trained_on.generation_config.exit_threshold is None
+    assert not any(getattr(trained_on.generation_config, key, None) for key in OPTIONS), "episodes keep their caches"
 
 
 def test_the_same_surgery_has_the_same_fingerprint_and_weights(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
