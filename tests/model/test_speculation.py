@@ -72,10 +72,15 @@ class Recorder(BaseStreamer):
         self.ended = True
 
 
-@pytest.mark.parametrize("mode", ["verify", "propagate"])
-def test_own_loops_stream_and_stop_at_the_end_token(mode: str) -> None:
+@pytest.mark.parametrize("mode", ["verify", "propagate", None])
+def test_own_loops_stream_and_stop_at_the_end_token(mode: str | None) -> None:
     model, prompt = hybrid(2), tokens(2, batch=1, length=6)
-    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "exit_mode": mode, "exit_threshold": 0.4}
+    options = {
+        "do_sample": False,
+        "max_new_tokens": NEW_TOKENS,
+        "exit_mode": mode,
+        "exit_threshold": 0.4 if mode else None,
+    }
     whole = model.generate(prompt, **options)[0, 6:].tolist()
     end = whole[9]
     recorder = Recorder()

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from transformers.cache_utils import DynamicCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 from transformers.utils import logging
 
 from .drafting_adamba import DraftPolicy, draft_policy
-from .single_row_adamba import propagate_decode
+from .single_row_adamba import plain_decode, propagate_decode
 from .speculation_adamba import speculative_decode
 
 EXIT_MODES = ("propagate", "verify")
@@ -20,6 +22,7 @@ OPTIONS = ("width", "exit_threshold", "exit_mode", "exit_layer", "expand_thresho
 # What only transformers' own loop can return or do.
 PER_STEP_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 OTHER_DECODERS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate")
+OTHER_INPUTS = ("inputs_embeds", "position_ids", "synced_gpus")
 LAZY_ATTENTION = ("sdpa", "eager")  # their masks can be cut to the queries that are left
 
 logger = logging.get_logger(__name__)
@@ -168,13 +171,11 @@ class AdaptiveGenerationMixin:
             logger.warning_once(
                 "exit_mode: verify checks one row at a time; several are decoded plainly, at full depth"
             )
-        elif exit_threshold is not None and exit_threshold < 1:
-            ours = (*OTHER_DECODERS, *PER_STEP_OUTPUTS)
-            beams = (option("num_beams") or 1) > 1
-            if one_row and not beams and not expand_threshold and not any(option(key) for key in ours):
-                if self.config._attn_implementation in LAZY_ATTENTION:
-                    loop = partial(propagate_decode, threshold=exit_threshold)
-            if loop is None:
+        else:
+            exits = exit_threshold is not None and exit_threshold < 1
+            if one_row and not expand_threshold and self._is_plain(option, kwargs):
+                loop = partial(propagate_decode, threshold=exit_threshold) if exits else plain_decode
+            elif exits:
                 kwargs["exit_threshold"] = exit_threshold
         if loop is not None:
             # transformers hands the prompt to a streamer, but no streamer to a loop of ours.
@@ -189,6 +190,19 @@ class AdaptiveGenerationMixin:
             trace.exit_layers = torch.cat(trace.steps, dim=1)
         trace.steps.clear()
         return output
+
+    def _is_plain(self, option, kwargs: dict) -> bool:
+        """Whether nothing is asked for that only transformers' own loop can return or do."""
+        if (option("num_beams") or 1) > 1 or any(option(key) for key in (*OTHER_DECODERS, *PER_STEP_OUTPUTS)):
+            return False
+        if any(kwargs.get(key) is not None for key in OTHER_INPUTS):
+            return False
+        cache = kwargs.get("past_key_values")
+        growing = option("use_cache") is not False and not option("cache_implementation")
+        if not growing or not (cache is None or type(cache) is DynamicCache):
+            return False
+        splits = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)  # all processes take equally many steps
+        return self.config._attn_implementation in LAZY_ATTENTION and not splits
 
     def _policy(self, widths: list[int], exit_layer: int | None, sampling: bool) -> DraftPolicy:
         """What is known about drafting at these widths. Sampled text depends on what is drafted, so it starts new."""

@@ -1,6 +1,6 @@
 """
-Decoding one row layer by layer, for the two loops that `generate` cannot express: exits whose skipped layers are
-filled later (here), and drafts that are verified (`speculation_adamba`).
+Decoding one row without what transformers' loop prepares anew for each token: at full depth, with exits whose skipped
+layers are filled later, and (`speculation_adamba`) with drafts that are verified.
 """
 
 import torch
@@ -130,6 +130,29 @@ class SingleRow:
         if self.generation_config.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=self.input_ids, past_key_values=self.cache)
         return self.input_ids
+
+
+@torch.no_grad()
+def plain_decode(
+    model,
+    input_ids: torch.LongTensor,
+    logits_processor,
+    stopping_criteria,
+    generation_config,
+    trace,
+    streamer=None,
+    **model_kwargs,
+) -> torch.LongTensor | GenerateDecoderOnlyOutput:
+    """Every token through all layers: the tokens of transformers' own loop, sampled ones with the same draws."""
+    row = SingleRow(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, trace, streamer, model_kwargs
+    )
+    done, layers = row.prefill(), range(row.last_layer + 1)
+    while not done:
+        place = row.input_ids.shape[1] - 1
+        hidden = row.run(row.embed(row.input_ids[:, -1:]), place, layers)
+        done = row.emit(row.choose(row.input_ids, row.logits(hidden)[:, -1])[0], row.last_layer)
+    return row.result()
 
 
 @torch.no_grad()
