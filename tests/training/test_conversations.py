@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 
 from adamba.data import train_tokenizer
 from adamba.model import AdambaForCausalLM
+from adamba.model.decoding_adamba import OPTIONS
 from adamba.tasks import ENVIRONMENTS, TASKS
 from adamba.training.agent_config import AgentConfig
 from adamba.training.agent_rows import prompt_rows
@@ -121,6 +122,10 @@ def test_episodes_of_the_trainer_are_those_of_its_stock_loop(tmp_path) -> None:
         trainer.generation_config.do_sample = False
         trainer.generation_config.max_new_tokens = 8
         assert trainer._can_keep_caches()
+        for key in OPTIONS:  # nothing turns them off unsaid
+            setattr(model.generation_config, key, 0)
+            assert trainer._reads_anew() == f"the checkpoint's generation config has {key}"
+            setattr(model.generation_config, key, None)
         if not keeps:
             trainer._can_keep_caches = lambda: False
         batch = [row for row in rows.select(range(2)) for _ in range(2)]

@@ -45,7 +45,7 @@ class SingleRow:
         seen = self.cache.get_seq_length()
         places = torch.arange(seen, self.input_ids.shape[1], device=self.input_ids.device)[None]
         output = self.model(
-            self.input_ids[:, seen:],
+            input_ids=self.input_ids[:, seen:],
             attention_mask=self.mask,
             position_ids=(places - self.num_padding).clamp(min=0),
             past_key_values=self.cache,

@@ -1,6 +1,7 @@
 """GRPOTrainer for agents: tokens counted and limited, tools counted by name, unreadable calls answered."""
 
 import inspect
+import logging
 from collections import Counter
 from collections.abc import Callable
 from functools import wraps
@@ -17,6 +18,8 @@ from adamba.model.decoding_adamba import OPTIONS
 from adamba.tools.calls import OPEN, parse_tool_calls
 from adamba.training.conversations import Conversations, fits
 from adamba.training.optimizers import OptimizerMixin
+
+logger = logging.getLogger("adamba")
 
 UNREADABLE = "unreadable_call"
 TOKENS = "num_generated_tokens"
@@ -39,6 +42,7 @@ class AgentGRPOTrainer(OptimizerMixin, GRPOTrainer):
     def __init__(self, *args: Any, max_generated_tokens: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._conversations: Conversations | None = None
+        self._said_how = False
         self.num_generated_tokens = 0
         self.max_generated_tokens = max_generated_tokens
         self.add_callback(_TokenBudget(self))
@@ -47,6 +51,10 @@ class AgentGRPOTrainer(OptimizerMixin, GRPOTrainer):
 
     def _generate(self, prompts: list) -> Any:
         """Caches live as long as the episodes of one batch: the next one has other weights."""
+        if not self._said_how:
+            self._said_how, why = True, self._reads_anew()
+            how = "keep their caches between turns" if why is None else f"are read anew each turn: {why}"
+            logger.info("episodes %s", how)
         if self._can_keep_caches():
             self._conversations = Conversations(
                 self.generation_config, self.eos_token_ids, self._tokenizer.pad_token_id
@@ -57,16 +65,24 @@ class AgentGRPOTrainer(OptimizerMixin, GRPOTrainer):
             self._conversations = None
 
     def _can_keep_caches(self) -> bool:
-        """Whether `Conversations` decodes as `generate` would: our model (whole by `AgentConfig`), plain sampling."""
-        if self.use_vllm or self.use_transformers_continuous_batching or self.args.generation_kwargs:
-            return False
+        return self._reads_anew() is None
+
+    def _reads_anew(self) -> str | None:
+        """Why `Conversations` would not decode as `generate` does; None where it does, and caches are kept."""
+        if self.use_vllm or self.use_transformers_continuous_batching:
+            return "another engine generates"
+        if self.args.generation_kwargs:
+            return "generation_kwargs are given"
         model = self.accelerator.unwrap_model(self.model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if not isinstance(model, AdambaForCausalLM) or not fits(model.config):
-            return False
-        if any(getattr(model.generation_config, key, None) is not None for key in OPTIONS):
-            return False
-        return self.repetition_penalty == 1.0
+        if not isinstance(model, AdambaForCausalLM):
+            return f"the model is a {type(model).__name__}"
+        if not fits(model.config):
+            return "a layer has a sliding window"
+        for key in OPTIONS:
+            if getattr(model.generation_config, key, None) is not None:
+                return f"the checkpoint's generation config has {key}"
+        return None if self.repetition_penalty == 1.0 else "repetition_penalty is not 1"
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         if self._conversations is None:
