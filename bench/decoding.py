@@ -26,6 +26,7 @@ from side_by_side import in_turn, speedup
 
 BATCHES = (1, 8, 32)
 NUM_LAYERS = 4
+FULL_DEPTH = {"exit_threshold": 1.0}  # whatever the checkpoint's generation config says
 TARGET = "full width 1.2 x the faster transformers hybrid"
 
 
@@ -61,9 +62,9 @@ def bench_peers(hidden: int, batch: int, length: int, num_tokens: int, repeats: 
 
 
 def modes(config, batch: int) -> dict[str, dict]:
-    """What a trained agent is measured in; `verify` decodes one row at a time."""
+    """What a trained agent is measured in, at full depth where nothing is said; `verify` decodes one row at a time."""
     narrow = [name for name, width in config.width_levels.items() if width < config.hidden_size]
-    options: dict[str, dict] = {name: {"width": name} for name in narrow}
+    options: dict[str, dict] = {name: {"width": name, **FULL_DEPTH} for name in narrow}
     options |= {f"propagate {threshold}": {"exit_threshold": threshold} for threshold in (0.99, 0.9)}
     if batch == 1:
         options["verify"] = {"exit_mode": "verify"}
@@ -98,7 +99,7 @@ def bench_modes(path: str, batch: int, num_tokens: int, repeats: int) -> list[di
 
         return generate
 
-    sides = {"full": {}} | modes(model.config, batch)
+    sides = {"full": FULL_DEPTH} | modes(model.config, batch)
     seconds = in_turn({name: run(name, options) for name, options in sides.items()}, repeats)
     rows = []
     for name in sides:

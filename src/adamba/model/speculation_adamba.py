@@ -71,11 +71,13 @@ def speculative_decode(
     ends = generation_config._eos_token_tensor
     ends = set() if ends is None else set(ends.view(-1).tolist())
     max_length = stopping_criteria.max_length or float("inf")
-    done = row.prefill()
-    start_recording(row.cache)
+    done, recording = row.prefill(), False
     while not done:
         start = row.input_ids.shape[1] - 1  # the place of the newest token, the only one not yet in the cache
         chosen = policy.choose()
+        if recording != (chosen is not None):  # what is not drafted is not taken back
+            (stop_recording if recording else start_recording)(row.cache)
+            recording = not recording
         layer = row.last_layer if chosen is None else chosen.layer
         hidden: list[torch.Tensor] = []
         prefix, drafts, judged = row.input_ids, [], []
@@ -108,11 +110,13 @@ def speculative_decode(
                 token = row.choose(row.input_ids, position)[0]
             done = row.emit(token, layer if emitted < len(drafts) and right else row.last_layer)
             emitted += 1
-        take_back(row.cache, len(hidden) - emitted)
+        if recording:
+            take_back(row.cache, len(hidden) - emitted)
         policy.learn(chosen, len(hidden), judged[: accepted + 1], len(drafts), accepted, emitted)
         trace.num_drafted += len(drafts)
         trace.num_accepted += accepted
-    stop_recording(row.cache)
+    if recording:
+        stop_recording(row.cache)
     return row.result()
 
 
