@@ -108,7 +108,7 @@ def draft_policy(model, widths: list[int], exit_layer: int | None) -> DraftPolic
     for kind, layer in zip(config.layer_types, model.model.layers, strict=True):
         share = (next(remaining) / config.hidden_size) ** 2 if kind in ATTENTION_LAYERS else 1.0
         costs.append(share * sum(parameter.numel() for parameter in layer.parameters()) + CALL_COST)
-    head_cost = config.vocab_size * config.hidden_size + CALL_COST / 4
+    head_cost = config.vocab_size * config.hidden_size + CALL_COST / 2  # and the choice of a token
     candidates = config.gate_layers if exit_layer is None else [exit_layer]
     if len(candidates) > MAX_DRAFT_LAYERS:  # the shallower ones, where there is something to gain
         step = len(candidates) / (MAX_DRAFT_LAYERS + 1)
@@ -116,6 +116,7 @@ def draft_policy(model, widths: list[int], exit_layer: int | None) -> DraftPolic
     plain_cost = sum(costs) + head_cost
     layers = []
     for layer in candidates:
-        shallow = sum(costs[: layer + 1]) + CALL_COST / 4  # with its gate
-        layers.append(DraftLayer(layer, shallow, plain_cost - sum(costs[: layer + 1]), head_cost))
+        shallow = sum(costs[: layer + 1]) + CALL_COST / 2  # with its gate
+        deep = plain_cost - sum(costs[: layer + 1]) + CALL_COST  # with recording states and taking them back
+        layers.append(DraftLayer(layer, shallow, deep, head_cost))
     return DraftPolicy(layers, plain_cost)
