@@ -1,7 +1,7 @@
 """
 How the cost grows with length, width, layers, ranks and data: slopes in logarithmic axes, and docs/growth_cost.png.
 
-    python bench/growth_cost.py            # 256 to 16,384 tokens; about 10 minutes
+    python bench/growth_cost.py            # 256 to 16,384 tokens; 3 minutes
     python bench/growth_cost.py --quick    # to 1,024 tokens, no picture
 
 - length: forward + backward of one row: an attention layer (expected: its projections 1, its scores towards 2), a
@@ -49,7 +49,7 @@ def medians(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str,
     return {name: statistics.median(cpu for _, cpu in spent) for name, spent in in_turn(dict(runs), repeats).items()}
 
 
-def row(axis: str, what: str, costs: Mapping[float, float], expected: str) -> dict:
+def row(axis: str, what: str, costs: Mapping[float, float], expected: str, clock: str = "CPU") -> dict:
     last = dict(list(costs.items())[-2:])
     return {
         "axis": axis,
@@ -57,7 +57,8 @@ def row(axis: str, what: str, costs: Mapping[float, float], expected: str) -> di
         "slope": slope(costs),
         "slope_at_the_end": slope(last),
         "expected": expected,
-        "cpu_seconds": {str(size): cost for size, cost in costs.items()},
+        "clock": clock,
+        "seconds": {str(size): cost for size, cost in costs.items()},
     }
 
 
@@ -158,33 +159,46 @@ def by_ranks(repeats: int) -> list[dict]:
         seconds = torch.multiprocessing.get_context("spawn").Manager().dict()
         torch.multiprocessing.spawn(rank_steps, (ranks, port, repeats, seconds), nprocs=ranks)
         costs[ranks] = max(seconds.values())
-    return [row("ranks", "step by the clock, the same rows a rank", costs, "0 and the exchange of gradients")]
+    return [row("ranks", "step, the same rows a rank", costs, "0 and the exchange of gradients", clock="wall-clock")]
 
 
 def draw(rows: list[dict]) -> None:
     from matplotlib.figure import Figure
 
-    from adamba.report.style import LIGHT, engineering, label, png, styled
+    from adamba.report.style import LIGHT, png, styled
 
     axes_of = list(dict.fromkeys(item["axis"] for item in rows))
-    colors = list(LIGHT.phases.values())[1:]
     with styled(LIGHT):
         figure = Figure(figsize=(11, 6.4))
         for number, axis in enumerate(axes_of):
-            axes = figure.add_subplot(2, 3, number + 1)
-            for color, item in zip(colors[::2], [item for item in rows if item["axis"] == axis], strict=False):
-                sizes = [float(size) for size in item["cpu_seconds"]]
-                costs = list(item["cpu_seconds"].values())
-                axes.loglog(sizes, costs, marker="o", color=color)
-                text = f"{item['what']}: {item['slope']:.2f}"
-                label(axes, text, (sizes[0], costs[0]), color, offset=(4, 9), ha="left")
-            axes.set_title(f"cost against {axis}")
-            axes.set_xlabel(axis)
-            axes.set_ylabel("seconds (CPU)" if axis != "ranks" else "seconds")
-            axes.xaxis.set_major_formatter(engineering())
-            axes.margins(y=0.25)
+            panel(figure.add_subplot(2, 3, number + 1), [item for item in rows if item["axis"] == axis])
         PICTURE.write_bytes(png(figure))
     print(f"drew {PICTURE.relative_to(ROOT)}")
+
+
+def panel(axes, rows: list[dict]) -> None:
+    """One axis of growth; the slope of each line in its colour, in the order in which the lines end."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
+    from adamba.report.style import LIGHT
+
+    colors = list(LIGHT.phases.values())[1::2]
+    sizes = [float(size) for size in rows[0]["seconds"]]
+    lowest = min(min(item["seconds"].values()) for item in rows)
+    highest = max(max(item["seconds"].values()) for item in rows)
+    ordered = sorted(rows, key=lambda item: -list(item["seconds"].values())[-1])
+    for place, (color, item) in enumerate(zip(colors, ordered, strict=False)):
+        axes.loglog(sizes, list(item["seconds"].values()), marker="o", color=color)
+        text = f"{item['what']}: {item['slope']:.2f}".replace("-", "\N{MINUS SIGN}")
+        axes.text(0.03, 0.96 - 0.085 * place, text, transform=axes.transAxes, color=color, va="top", fontsize=9)
+    axes.set(title=f"cost against {rows[0]['axis']}", xlabel=rows[0]["axis"], ylabel=f"{rows[0]['clock']} time")
+    axes.set_xticks(sizes if len(sizes) < 5 else sizes[::2])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(EngFormatter(places=0, sep=" "))
+    axes.set_ylim(lowest / 3, max(highest * 30, lowest * 30))
+    axes.yaxis.set_major_locator(LogLocator(numticks=8))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(EngFormatter("s", sep=" "))
 
 
 def main() -> None:

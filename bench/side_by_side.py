@@ -25,15 +25,24 @@ def timed(run: Callable[[], object]) -> Spent:
 
 
 def in_turn(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[Spent]]:
-    """What each took, every repeat running all of them in a new order; one round before counts for nothing."""
+    """What each took, every repeat running all of them in a new order; one round before counts for nothing.
+
+    What exists beforehand is not searched for garbage meanwhile: with all libraries imported that takes a quarter of a
+    second, from which one of the sides would suffer by chance.
+    """
     seconds: dict[str, list[Spent]] = {name: [] for name in runs}
     order, rng = list(runs), random.Random(0)
-    for repeat in range(repeats + 1):
-        rng.shuffle(order)
-        for name in order:
-            spent = timed(runs[name])
-            if repeat:
-                seconds[name].append(spent)
+    gc.collect()
+    gc.freeze()
+    try:
+        for repeat in range(repeats + 1):
+            rng.shuffle(order)
+            for name in order:
+                spent = timed(runs[name])
+                if repeat:
+                    seconds[name].append(spent)
+    finally:
+        gc.unfreeze()
     return seconds
 
 
