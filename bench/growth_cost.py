@@ -204,7 +204,7 @@ def panel(axes, rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="to see that it runs")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     started = time.monotonic()
     lengths = [256, 512, 1024] if options.quick else [2**power for power in range(8, 15)]

@@ -6,6 +6,7 @@ all of them, and the memory of each in a process of its own.
 import ctypes
 import gc
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -14,6 +15,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+
+# CPU time also counts threads that wait for others, and with one thread it tells what else the machine does apart.
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)
 
 Spent = tuple[float, float]  # seconds on the clock, and of this process's CPU time
 
