@@ -14,6 +14,7 @@ from adamba.recipe_file import launcher
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "checkpoints" / "bench"
 RESULTS = ROOT / "bench" / "results"
+_PRINTED: set[str] = set()
 
 
 def command(script: str, *arguments: object) -> None:
@@ -63,9 +64,9 @@ def write_results(name: str, rows: list[dict[str, Any]], started: float, **facts
     path = folder / f"{name}.json"
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for row in rows:
-        print(
-            "  ".join(
-                f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()
-            )
-        )
+        values = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
+        line = "  ".join(f"{key}={value}" for key, value in values.items())
+        if line not in _PRINTED:  # a long bench writes after each part
+            print(line)
+            _PRINTED.add(line)
     print(f"wrote {path.relative_to(ROOT)}")
