@@ -60,6 +60,7 @@ $(STAMP): pyproject.toml constraints.txt
 	if ! $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	  echo "$$found -m venv --clear .venv"; $$found -m venv --clear .venv; fi
 	$(PY) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(PY) -m adamba.kept_help src/run_*.py || true  # each script's --help, so that the first one is as quick as any
 	@touch $@
 
 .PHONY: setup-smollm2

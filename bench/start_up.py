@@ -4,10 +4,10 @@ What a command costs before it works: `run_sft.py --help`, and the first optimiz
     python bench/start_up.py            # 5 times each
     python bench/start_up.py --quick    # once
 
-Seconds on the clock and of CPU time, in processes of their own, and which large libraries `--help` imports. The first
-`--help` imports what it lists and keeps its text, later ones print that. The first step is the first line of the log
-of `recipes/agents/calculator.yaml`, which starts from nothing: tokenizer, model, data and one step of 8 rows of 512
-tokens. Targets: under 3 s and under 15 s.
+Seconds on the clock and of CPU time, in processes of their own, and which large libraries `--help` imports. A `--help`
+prints the text that `make setup` kept; one that finds none (the code or a package has changed) imports what it lists
+and keeps its text. The first step is the first line of the log of `recipes/agents/calculator.yaml`, which starts from
+nothing: tokenizer, model, data and one step of 8 rows of 512 tokens. Targets: under 3 s and under 15 s.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
@@ -64,18 +65,27 @@ def spent(words: list[str], until: str | None = None, cache: str | None = None) 
     return time.perf_counter() - started if seen is None else seen, cpu
 
 
-def summary(measure: str, runs: list[tuple[float, float]], target: float | None = None) -> dict:
+def summary(measure: str, runs: Sequence[tuple[float, float]], target: float | None = None) -> dict:
     seconds, cpu = zip(*runs, strict=True)
     row = {"measure": measure, "runs": len(runs), "seconds": statistics.median(seconds)}
     row |= {"lowest": min(seconds), "highest": max(seconds), "cpu_seconds": statistics.median(cpu)}
     return row if target is None else row | {"target": target}
 
 
-def first_and_later_help() -> tuple[tuple[float, float], tuple[float, float]]:
-    """Of `run_sft.py --help`: where no text is kept, and where that run's text is."""
-    words = [sys.executable, "src/run_sft.py", "--help"]
-    with tempfile.TemporaryDirectory() as folder:
-        return spent(words, cache=folder), spent(words, cache=folder)
+HELP = [sys.executable, "src/run_sft.py", "--help"]
+
+
+def fresh_help() -> tuple[float, float]:
+    """`--help` where no text is kept."""
+    with tempfile.TemporaryDirectory() as cache:
+        return spent(HELP, cache=cache)
+
+
+def kept_help() -> tuple[tuple[float, float], tuple[float, float]]:
+    """Keeping the texts of all scripts as `make setup` does, and `--help` after it."""
+    keeping = [sys.executable, "-m", "adamba.kept_help", *map(str, sorted(ROOT.glob("src/run_*.py")))]
+    with tempfile.TemporaryDirectory() as cache:
+        return spent(keeping, cache=cache), spent(HELP, cache=cache)
 
 
 def first_step(folder: str) -> tuple[float, float]:
@@ -90,7 +100,7 @@ def imported_by_help() -> dict:
         done = subprocess.run(words, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
     _, count, *names = done.stdout.splitlines()[-1].split()
     large = {name: sum(module.partition(".")[0] == name for module in names) for name in LARGE}
-    return {"measure": "modules imported by the first --help", "modules": int(count)} | large
+    return {"measure": "modules imported where nothing is kept", "modules": int(count)} | large
 
 
 def main() -> None:
@@ -100,17 +110,19 @@ def main() -> None:
     options = parser.parse_args()
     started = time.monotonic()
     repeats = range(1 if options.quick else options.repeats)
-    first_and_later_help()  # the disk's cache
-    helps, floors, steps = [], [], []
+    fresh_help()  # the disk's cache
+    fresh, kept, floors, steps = [], [], [], []
     for _ in repeats:  # in turn
-        helps.append(first_and_later_help())
+        fresh.append(fresh_help())
+        kept.append(kept_help())
         floors.append(spent([sys.executable, "-c", "from transformers import TrainingArguments"]))
         with tempfile.TemporaryDirectory() as folder:
             steps.append(first_step(folder))
-    first, later = ([both[index] for both in helps] for index in (0, 1))
+    keeping, after = zip(*kept, strict=True)
     rows = [
-        summary("first run_sft.py --help", first),
-        summary("later run_sft.py --help", later, HELP_SECONDS),
+        summary("run_sft.py --help after make setup", after, HELP_SECONDS),
+        summary("run_sft.py --help where nothing is kept", fresh),
+        summary("make setup keeps the help of all scripts", keeping),
         summary("first optimizer step", steps, FIRST_STEP_SECONDS),
         summary("import of TrainingArguments, whose fields --help lists", floors),
         imported_by_help(),

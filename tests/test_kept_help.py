@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,10 @@ def show_help(prog: str = "run_it.py", text: str = "of a key — in full") -> No
     assert stop.value.code == 0
 
 
+def kept_names(script: Path) -> list[str]:
+    return sorted(path.name for path in (script.parent / "cache" / "adamba").iterdir())
+
+
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The script that was started with `--help`, on a machine whose packages are in one folder."""
@@ -33,7 +38,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
     monkeypatch.setattr(sys, "path", [str(tmp_path / "packages")])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "110")
     monkeypatch.setattr(kept_help, "PACKAGE", tmp_path / "adamba")
     (tmp_path / "adamba").mkdir()
     (tmp_path / "adamba" / "fields.py").write_text("steps: int = 1\n")
@@ -50,7 +55,21 @@ def test_the_kept_text_is_the_fresh_one(script, capsys):
         print_kept_help()
     assert stop.value.code == 0
     assert capsys.readouterr().out == fresh
-    assert [path.name for path in (script.parent / "cache" / "adamba").iterdir()] == ["help-run_it-100.txt"]
+    assert kept_names(script) == ["help-run_it-110.txt", "help-run_it-80.txt"]
+
+
+@pytest.mark.parametrize(("terminal", "longest"), [(40, 78), (80, 78), (109, 78), (110, 108), (300, 108)])
+def test_a_help_fits_the_terminal_without_being_asked_for_at_its_width(script, capsys, monkeypatch, terminal, longest):
+    show_help(text="word " * 100)
+    monkeypatch.setenv("COLUMNS", str(terminal))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        print_kept_help()
+    kept = capsys.readouterr().out
+    assert longest - 5 < max(map(len, kept.splitlines())) <= longest
+    show_help(text="word " * 100)
+    assert capsys.readouterr().out == kept
+    assert os.environ["COLUMNS"] == str(terminal)
 
 
 CHANGES: dict[str, Callable[[Path, pytest.MonkeyPatch], object]] = {
@@ -62,8 +81,10 @@ CHANGES: dict[str, Callable[[Path, pytest.MonkeyPatch], object]] = {
     "package": lambda folder, _: (folder / "packages" / "kernels-0.10.dist-info").mkdir(),
     "path": lambda folder, patch: patch.setattr(sys, "path", [*sys.path, str(folder)]),
     "python": lambda folder, patch: patch.setattr(sys, "version", "3.99"),
-    "width": lambda folder, patch: patch.setenv("COLUMNS", "80"),
-    "colours": lambda folder, patch: patch.setenv("FORCE_COLOR", "1"),
+    "colours": lambda folder, patch: (
+        patch.setattr(sys, "version_info", (3, 14)),
+        patch.setenv("FORCE_COLOR", "1"),
+    ),
     "words": lambda folder, patch: patch.setattr(sys, "argv", [str(folder / "run_it.py"), "recipe.yaml", "--help"]),
     "run": lambda folder, patch: patch.setattr(sys, "argv", [str(folder / "run_it.py")]),
 }
@@ -86,24 +107,24 @@ def test_a_stale_text_is_replaced(script, capsys):
     with pytest.raises(SystemExit):
         print_kept_help()
     assert "another" in capsys.readouterr().out
-    assert len(list(kept_file().parent.iterdir())) == 1
+    assert len(kept_names(script)) == 2
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff\xfe\x00", b"no digest", "cut", "changed", "folder"])
 def test_a_damaged_file_is_made_anew(script, capsys, damage):
     show_help()
     fresh = capsys.readouterr().out
-    whole = kept_file().read_bytes()
+    whole = kept_file(110).read_bytes()
     if damage == "folder":
-        kept_file().unlink()
-        kept_file().mkdir()
+        kept_file(110).unlink()
+        kept_file(110).mkdir()
     else:
-        kept_file().write_bytes({"cut": whole[:-9], "changed": whole.replace(b"key", b"kex")}.get(damage, damage))
+        kept_file(110).write_bytes({"cut": whole[:-9], "changed": whole.replace(b"key", b"kex")}.get(damage, damage))
     print_kept_help()
     assert capsys.readouterr().out == ""
     show_help()
     assert capsys.readouterr() == (fresh, "")
-    assert damage == "folder" or kept_file().read_bytes() == whole
+    assert damage == "folder" or kept_file(110).read_bytes() == whole
 
 
 @pytest.mark.parametrize("reason", ["not a folder", "no home", "no script"])
@@ -129,14 +150,14 @@ def test_a_folder_without_the_right_to_write(script, capsys, monkeypatch):
     monkeypatch.setattr(kept_help, "write_whole", refuse)
     show_help()
     assert "of a key" in capsys.readouterr().out
-    assert not kept_file().exists()
+    assert not kept_file(110).exists()
 
 
 @pytest.mark.parametrize("given", ["", "relative/cache"])
 def test_without_a_cache_folder_of_its_own_it_is_the_usual_one(script, monkeypatch, given):
     monkeypatch.setenv("XDG_CACHE_HOME", given)
     monkeypatch.setenv("HOME", str(script.parent))
-    assert kept_file() == script.parent / ".cache" / "adamba" / "help-run_it-100.txt"
+    assert kept_file(110) == script.parent / ".cache" / "adamba" / "help-run_it-110.txt"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -150,14 +171,21 @@ def test_every_script_looks_before_it_imports(name):
 def test_the_second_help_of_a_script_is_the_first_without_its_imports(tmp_path):
     command = [sys.executable, "-X", "importtime", str(SOURCE / "run_sft.py"), "--help"]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(SOURCE)}
-    first, second = (
-        subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(2)
-    )
+
+    def run(words: list[str]) -> subprocess.CompletedProcess:
+        return subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+
+    first, second = run(command), run(command)
     assert second.stdout == first.stdout
     assert first.stdout.startswith("usage: run_sft.py")
     assert " torch\n" in first.stderr
     for module in ("torch", "yaml", "trl", "numpy"):
         assert f" {module}\n" not in second.stderr
+
+    kept = {path: path.read_bytes() for path in (tmp_path / "adamba").iterdir()}
+    shutil.rmtree(tmp_path / "adamba")  # what `make setup` keeps is what asking for it keeps
+    made = run([sys.executable, "-m", "adamba.kept_help", str(SOURCE / "run_sft.py")])
+    assert (made.stdout, {path: path.read_bytes() for path in (tmp_path / "adamba").iterdir()}) == ("", kept)
 
 
 def test_a_parser_of_other_words_keeps_nothing(script, monkeypatch):
@@ -166,4 +194,4 @@ def test_a_parser_of_other_words_keeps_nothing(script, monkeypatch):
     parser.add_subparsers().add_parser("show")
     with pytest.raises(SystemExit):
         parser.parse_args(sys.argv[1:])
-    assert not kept_file().exists()
+    assert not kept_file(110).exists()

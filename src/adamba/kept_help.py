@@ -6,15 +6,20 @@ first `--help` of a script keeps its text in the user's cache folder, and later 
     if __name__ == "__main__":
         print_kept_help()
 
+`make setup` keeps those of all scripts (`python -m adamba.kept_help src/run_*.py`), so a user's first one is quick.
+
 A text is printed only as long as nothing has changed that it is made of: this package and the script, the interpreter
-and all installed packages by their versions, the width and colours of the terminal. What is missing, stale, damaged or
-cannot be read or written is made anew, and nothing is said about it. One thing is not noticed: a library that is
-edited in place and keeps its version.
+and all installed packages by their versions, the colours of the terminal. What is missing, stale, damaged or cannot be
+read or written is made anew, and nothing is said about it. One thing is not noticed: a library that is edited in place
+and keeps its version. Lines have one of two lengths, so that a window may change its size.
 """
 
 import argparse
+import contextlib
 import hashlib
+import io
 import os
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -24,14 +29,26 @@ from adamba.disk import write_whole
 
 PACKAGE = Path(__file__).parent
 COLOURS = ("TERM", "NO_COLOR", "FORCE_COLOR", "PYTHON_COLORS")  # argparse's, from Python 3.14 on
+COLUMNS = (80, 110)  # of a help text; a narrower terminal breaks the lines of the first by itself
 
 
 class KeepingParser(argparse.ArgumentParser):
     """A parser that keeps its help for `print_kept_help`."""
 
     def print_help(self, file: Any = None) -> None:
-        super().print_help(file)
-        keep_help(self.format_help())
+        texts = {columns: self._formatted(columns) for columns in COLUMNS}
+        self._print_message(texts[columns_shown()], file or sys.stdout)
+        if asks_for_help():
+            for columns, text in texts.items():
+                keep_help(text, columns)
+
+    def _formatted(self, columns: int) -> str:
+        before = os.environ.get("COLUMNS")
+        os.environ["COLUMNS"] = str(columns)  # argparse asks for no other width, whatever formatter it is given
+        try:
+            return self.format_help()
+        finally:
+            os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
 
 
 def asks_for_help() -> bool:
@@ -39,12 +56,17 @@ def asks_for_help() -> bool:
     return sys.argv[1:] in (["--help"], ["-h"])
 
 
+def columns_shown() -> int:
+    """The longest lines that fit this terminal."""
+    return max([COLUMNS[0], *(columns for columns in COLUMNS if columns <= shutil.get_terminal_size().columns)])
+
+
 def print_kept_help() -> None:
     """Print what an earlier `--help` of this script kept, and exit. Returns when there is none or it was not asked."""
     if not asks_for_help():
         return
     try:
-        digest, _, text = kept_file().read_text(encoding="utf-8").partition("\n")
+        digest, _, text = kept_file(columns_shown()).read_text(encoding="utf-8").partition("\n")
         if digest != _digest(text):
             return
     except (OSError, UnicodeError, RuntimeError):
@@ -53,27 +75,25 @@ def print_kept_help() -> None:
     raise SystemExit(0)
 
 
-def keep_help(text: str) -> None:
-    """Keep a text that was printed, if it is what `print_kept_help` would be asked for."""
-    if not asks_for_help():
-        return
+def keep_help(text: str, columns: int) -> None:
+    """Keep a text for `print_kept_help`."""
     try:
-        file = kept_file()
+        file = kept_file(columns)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, f"{_digest(text)}\n{text}")
     except (OSError, RuntimeError):
         pass  # the help has been shown; that the next one takes as long is no error
 
 
-def kept_file() -> Path:
-    """One file for each script and width, so the folder does not grow with every change.
+def kept_file(columns: int) -> Path:
+    """One file for each script and length of lines, so the folder does not grow with every change.
 
     Raises:
         RuntimeError: when the user has no home folder.
     """
     given = os.environ.get("XDG_CACHE_HOME", "")
     home = Path(given) if os.path.isabs(given) else Path.home() / ".cache"  # a relative one is to be ignored
-    return home / "adamba" / f"help-{Path(sys.argv[0]).stem}-{shutil.get_terminal_size().columns}.txt"
+    return home / "adamba" / f"help-{Path(sys.argv[0]).stem}-{columns}.txt"
 
 
 def _digest(text: str) -> str:
@@ -82,8 +102,8 @@ def _digest(text: str) -> str:
     Raises:
         OSError: when the script or this package cannot be read.
     """
-    colours = [os.environ.get(name) for name in COLOURS]
-    parts = [sys.version, Path(sys.argv[0]).name, sys.stdout.isatty(), colours, _installed()]
+    colours = [sys.stdout.isatty(), *map(os.environ.get, COLOURS)] if sys.version_info >= (3, 14) else []
+    parts = [sys.version, Path(sys.argv[0]).name, colours, _installed()]
     digest = hashlib.sha256(f"{parts!r}\0{text}".encode())
     for file in [Path(sys.argv[0]), *sorted(PACKAGE.rglob("*.py"))]:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
@@ -98,3 +118,15 @@ def _installed() -> list[str]:
     """
     folders = [Path(entry) for entry in sys.path]
     return [str(path) for folder in folders for path in [folder, *sorted(folder.glob("*-info"))]]
+
+
+def keep_all(scripts: list[str]) -> None:
+    """Keep the help of each script, as if it had been asked for: one process, so what they share is imported once."""
+    for script in scripts:
+        sys.argv, sys.path[0] = [script, "--help"], str(Path(script).resolve().parent)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+            runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    keep_all(sys.argv[1:])
