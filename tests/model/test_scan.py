@@ -12,7 +12,7 @@ from transformers.models.mamba2.modeling_mamba2 import (
 
 from adamba.model import scan_adamba
 from adamba.model.convolution_adamba import causal_conv
-from adamba.model.gated_norm_adamba import GatedRMSNorm
+from adamba.model.norm_adamba import GatedRMSNorm
 from adamba.model.recurrence_adamba import scan_step
 from adamba.model.scan_adamba import chunk_scan
 

@@ -38,7 +38,9 @@ class CausalConv(torch.autograd.Function):
         taps_KX, bias_X = taps_KX.to(dtype), bias_X.to(dtype)
         y_BLX = torch.empty_like(x_BLX, memory_format=torch.contiguous_format)
         for rows, tokens in blocks(x_BLX, 1, x_BLX.shape[-1]):
-            y_BLX[rows, tokens] = F.silu(_taps(x_BLX[rows], taps_KX, bias_X, _of(document_BL, rows), tokens))
+            seen = _seen(taps_KX, tokens)
+            x, document = x_BLX[rows, seen].to(dtype), _of(document_BL, rows, seen)
+            y_BLX[rows, tokens] = F.silu(_taps(x, taps_KX, bias_X, document, tokens.start - seen.start))
         return y_BLX
 
     @staticmethod
@@ -50,13 +52,16 @@ class CausalConv(torch.autograd.Function):
         grad_x = torch.empty_like(x_BLX, dtype=dtype, memory_format=torch.contiguous_format)
         grad_taps, grad_bias = torch.zeros_like(taps), torch.zeros_like(bias)
         for rows, tokens in blocks(x_BLX, 1, x_BLX.shape[-1]):
-            x, document, out = x_BLX[rows], _of(document_BL, rows), grad_x[rows]
-            before_silu = _taps(x, taps, bias, document, tokens)
-            grad = torch.ops.aten.silu_backward(grad_BLX[rows, tokens].to(dtype), before_silu)
+            seen = _seen(taps, tokens)
+            x, document, out = x_BLX[rows, seen].to(dtype), _of(document_BL, rows, seen), grad_x[rows, seen]
+            before = tokens.start - seen.start
+            grad = torch.ops.aten.silu_backward(
+                grad_BLX[rows, tokens].to(dtype), _taps(x, taps, bias, document, before)
+            )
             grad_bias += grad.sum((0, 1))
-            grad_taps[-1] += (grad * x[:, tokens]).sum((0, 1))
-            torch.mul(grad, taps[-1], out=out[:, tokens])
-            for back, first, source, crosses in _reaches(taps, document, tokens):
+            grad_taps[-1] += (grad * x[:, before:]).sum((0, 1))
+            torch.mul(grad, taps[-1], out=out[:, before:])
+            for back, first, source, crosses in _reaches(taps, x.shape[1], document, before):
                 reached = grad[:, first:] if crosses is None else grad[:, first:].masked_fill(crosses, 0.0)
                 # Tokens of the block before already have what their own block gave them.
                 out[:, source].addcmul_(reached, taps[-1 - back])
@@ -64,36 +69,44 @@ class CausalConv(torch.autograd.Function):
         return grad_x.to(x_BLX.dtype), grad_taps.to(taps_KX.dtype), grad_bias.to(bias_X.dtype), None
 
 
-def _of(document_BL: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
-    return None if document_BL is None else document_BL[rows]
+def _seen(taps_KX: torch.Tensor, tokens: slice) -> slice:
+    """A block's tokens and those before them that its taps reach."""
+    return slice(max(0, tokens.start - taps_KX.shape[0] + 1), tokens.stop)
 
 
-def _taps(x_BLX, taps_KX, bias_X, document_BL: torch.Tensor | None, tokens: slice) -> torch.Tensor:
-    """The convolution of some tokens, before SiLU. What another document has is replaced by zero, not multiplied."""
-    out = torch.addcmul(bias_X, x_BLX[:, tokens].to(taps_KX.dtype), taps_KX[-1])
-    for back, first, source, crosses in _reaches(taps_KX, document_BL, tokens):
+def _of(document_BL: torch.Tensor | None, rows: slice, seen: slice) -> torch.Tensor | None:
+    return None if document_BL is None else document_BL[rows, seen]
+
+
+def _taps(x_BLX, taps_KX, bias_X, document_BL: torch.Tensor | None, before: int) -> torch.Tensor:
+    """
+    The convolution, before SiLU, of all tokens but the first `before`, which are only reached. What another document
+    has is replaced by zero, not multiplied.
+    """
+    out = torch.addcmul(bias_X, x_BLX[:, before:], taps_KX[-1])
+    for back, first, source, crosses in _reaches(taps_KX, x_BLX.shape[1], document_BL, before):
         if crosses is None:
-            out[:, first:].addcmul_(x_BLX[:, source].to(taps_KX.dtype), taps_KX[-1 - back])
+            out[:, first:].addcmul_(x_BLX[:, source], taps_KX[-1 - back])
         else:
             out[:, first:] += (x_BLX[:, source] * taps_KX[-1 - back]).masked_fill_(crosses, 0.0)
     return out
 
 
 def _reaches(
-    taps_KX: torch.Tensor, document_BL: torch.Tensor | None, tokens: slice
+    taps_KX: torch.Tensor, length: int, document_BL: torch.Tensor | None, before: int
 ) -> Iterator[tuple[int, int, slice, torch.Tensor | None]]:
     """
-    For each earlier tap: how far back it lies, the first of `tokens` that has such a predecessor, the predecessors,
-    and (B, tokens, 1) whether they belong to another document.
+    For each earlier tap: how far back it lies, the first token after `before` that has such a predecessor, the
+    predecessors, and (B, tokens, 1) whether they belong to another document.
     """
-    for back in range(1, min(taps_KX.shape[0], tokens.stop)):
-        first = max(0, back - tokens.start)
-        source = slice(tokens.start + first - back, tokens.stop - back)
+    for back in range(1, taps_KX.shape[0]):
+        first = max(0, back - before)
+        source = slice(before + first - back, length - back)
         if source.start >= source.stop:
             continue
         crosses = None
         if document_BL is not None:
-            crosses = (document_BL[:, tokens][:, first:] != document_BL[:, source])[..., None]
+            crosses = (document_BL[:, before + first :] != document_BL[:, source])[..., None]
         yield back, first, source, crosses
 
 

@@ -22,8 +22,8 @@ from transformers.utils.import_utils import is_mamba_2_ssm_available
 
 from .configuration_adamba import AdambaConfig
 from .convolution_adamba import causal_conv, short_conv
-from .gated_norm_adamba import GatedRMSNorm
 from .layers_adamba import ElasticRMSNorm
+from .norm_adamba import GatedRMSNorm
 from .recurrence_adamba import scan_states, scan_step
 from .scan_adamba import chunk_scan
 

@@ -36,7 +36,8 @@ def chunk_scan(
     document_BL: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Returns y (B, L, H, P) and the last state (B, H, P, N), in fp32 or, for fp64 inputs, fp64.
+    Returns y (B, L, H, P) in the type of x and the last state (B, H, P, N) in fp32 or, for an fp64 dt, fp64, which is
+    what all is computed in.
 
     Args:
         dt_BLH: step sizes, after bias and softplus.
@@ -46,7 +47,7 @@ def chunk_scan(
     size = min(chunk_size, length)
     padding = -length % size
     dtype = torch.promote_types(dt_BLH.dtype, torch.float32)
-    tensors = [tensor.to(dtype) for tensor in (x_BLHP, dt_BLH, b_BLGN, c_BLGN)]
+    tensors = [x_BLHP, dt_BLH.to(dtype), b_BLGN, c_BLGN]
     if padding:  # what is appended has dt = 0, so it neither decays nor writes
         tensors = [F.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, padding)) for tensor in tensors]
         if document_BL is not None:
@@ -84,7 +85,7 @@ class Chunks:
 
     def __init__(self, x, dt, a_H, b, c, size: int, document: torch.Tensor | None, block: tuple[slice, slice]):
         rows, tokens = block
-        x, dt, b, c = (tensor[rows, tokens] for tensor in (x, dt, b, c))
+        x, dt, b, c = (tensor[rows, tokens].to(dt.dtype) for tensor in (x, dt, b, c))  # halves: a block at a time
         batch, length, heads, head_dim = x.shape
         groups, states = b.shape[2:]
         split = (batch, length // size, size, groups)
@@ -130,16 +131,23 @@ class Chunks:
         return tensor.transpose(2, 3).unflatten(-1, self.split[-2:])
 
 
+def place(whole: torch.Tensor, block: tuple[slice, slice], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Where a block is computed: in its place in the whole, or apart if that is of another type."""
+    if whole.dtype == dtype:
+        return whole[block].view(shape)
+    return whole.new_empty(shape, dtype=dtype)
+
+
 class ChunkScan(torch.autograd.Function):
-    """Tensors of one floating type, L a multiple of the chunk size; see `chunk_scan`."""
+    """x, b and c of one floating type, the rest in that of dt; L a multiple of the chunk size; see `chunk_scan`."""
 
     @staticmethod
     def forward(ctx, x, dt, a_H, b, c, d_H, size, initial_state, document):
         (batch, length, heads, head_dim), (groups, states) = x.shape, b.shape[2:]
         state_shape = (groups, heads // groups, head_dim, states)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        incoming = x.new_empty(batch, length // size, *state_shape)
-        last_state = x.new_zeros(batch, *state_shape)
+        incoming = dt.new_empty(batch, length // size, *state_shape)
+        last_state = dt.new_zeros(batch, *state_shape)
         if initial_state is not None:
             last_state.copy_(initial_state.view(last_state.shape))
         for block in blocks(x, size, heads * size**2):
@@ -154,9 +162,11 @@ class ChunkScan(torch.autograd.Function):
                 state = torch.addcmul(added[:, chunk], state, part.kept[:, chunk])
             last_state[rows] = state
             carried = part.c @ incoming[rows, chunks].flatten(3, 4).transpose(-1, -2)
-            out = torch.mul(part.x, d_H.view(groups, -1, 1), out=y[block].view(part.split))
+            out = torch.mul(part.x, d_H.view(groups, -1, 1), out=place(y, block, part.split, dt.dtype))
             out.addcmul_(part.tokens(carried), part.from_start)
             out += part.tokens(part.scores @ part.heads(part.dx))
+            if y.dtype != dt.dtype:
+                y[block] = out.view(y[block].shape)
         ctx.save_for_backward(x, dt, a_H, b, c, d_H, incoming, document)
         ctx.size, ctx.has_state = size, initial_state is not None
         return y, last_state.view(batch, heads, head_dim, states)
@@ -176,7 +186,7 @@ class ChunkScan(torch.autograd.Function):
             rows, tokens = block
             part = Chunks(x, dt, a_H, b, c, ctx.size, document, block)
             before = incoming[rows, tokens.start // ctx.size : tokens.stop // ctx.size]
-            to_y = grad_y[block].view(part.split)
+            to_y = grad_y[block].to(dt.dtype).view(part.split)
             grad_d += (to_y * part.x).sum((0, 1, 2, 5))
 
             # Between chunks, backwards: what reached y from the incoming states, then the states' recurrence.
@@ -209,7 +219,10 @@ class ChunkScan(torch.autograd.Function):
             decay[:, :, -1] += to_end.sum(2)
 
             step = decay.flip(2).cumsum(2).flip(2)
-            torch.mul(to_y, d[..., None], out=grad_x[block].view(part.split)).addcmul_(to_dx, part.dt[..., None])
+            to_x = torch.mul(to_y, d[..., None], out=place(grad_x, block, part.split, dt.dtype))
+            to_x.addcmul_(to_dx, part.dt[..., None])
+            if grad_x.dtype != dt.dtype:
+                grad_x[block] = to_x.view(grad_x[block].shape)
             grad_dt[block] = (to_dx * part.x).sum(-1).addcmul_(step, a).flatten(1, 2).flatten(2)
             grad_a += (step * part.dt).sum((0, 1, 2))
             grad_b[block], grad_c[block] = (part.transpose(2, 3).flatten(1, 2) for part in (to_b, to_c))
