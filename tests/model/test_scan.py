@@ -74,6 +74,24 @@ def test_gradients_equal_transformers() -> None:
         torch.testing.assert_close(gradients[0][key], gradients[1][key], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("block_size", [1, 2**18])
+def test_halves_are_what_converting_them_first_gives(block_size: int, monkeypatch) -> None:
+    monkeypatch.setattr(scan_adamba, "BLOCK_SIZE", block_size)
+    given = inputs(1, 23)
+    halves = {key: given[key].bfloat16() for key in ("x", "b", "c")}
+    results = []
+    for first in (False, True):
+        leaves = {key: value.clone().requires_grad_() for key, value in (given | halves).items()}
+        x, b, c = (leaves[key].float() if first else leaves[key] for key in ("x", "b", "c"))
+        y, last = chunk_scan(x, leaves["dt"], leaves["a"], b, c, leaves["d"], 8, leaves["state"])
+        assert y.dtype == last.dtype == torch.float32
+        (y.sin().sum() + last.cos().sum()).backward()
+        results.append([y, last, *(leaf.grad for leaf in leaves.values())])
+    for mine, converted in zip(*results, strict=True):
+        assert mine.dtype == converted.dtype
+        assert torch.equal(mine, converted)
+
+
 def test_steps_equal_the_chunked_form_and_transformers() -> None:
     given = inputs(3, 11)
     whole, last = chunk_scan(*(given[key] for key in ("x", "dt", "a", "b", "c", "d")), 4, given["state"])

@@ -2,8 +2,7 @@
 Norms with their own forward and backward pass for a CPU: they keep their inputs and nothing else of that size, and go
 through them a block at a time, which a core's cache holds, where autograd has a pass over memory for each operation.
 
-`block_rms_norm` is torch's norm to the last bit, gradients included. `GatedRMSNorm` is Mamba-2's, with one statistic a
-group: `norm(y · silu(gate)) · weight`.
+`block_rms_norm` is torch's norm. `GatedRMSNorm` is Mamba-2's: `norm(y · silu(gate)) · weight`, one statistic a group.
 
 Shape legend: T tokens, G groups, C channels of a group.
 """
@@ -17,13 +16,11 @@ from .scan_adamba import BLOCK_SIZE, blocks
 
 
 def block_rms_norm(x: torch.Tensor, shape: tuple[int], weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """`F.rms_norm` over the last dimension, for fp32 or fp64 on a CPU."""
+    """`F.rms_norm` over the last dimension for fp32 or fp64 on a CPU: its bits, and its gradients but for rounding."""
     return BlockRMSNorm.apply(x.reshape(1, -1, *shape), weight, eps).view(x.shape)
 
 
 class BlockRMSNorm(torch.autograd.Function):
-    """x (1, T, C). The operations are those of torch's norm and of their gradients, in autograd's order."""
-
     @staticmethod
     def forward(ctx, x, weight, eps):
         scale = x.new_empty(*x.shape[:-1], 1)
@@ -41,18 +38,15 @@ class BlockRMSNorm(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-        # A weight's gradient is summed in one go: sums of blocks would be rounded elsewhere.
-        to_weight = torch.empty_like(grad_x) if ctx.needs_input_grad[1] else None
+        grad_weight = None if weight is None else torch.zeros_like(weight)
         for block in blocks(x, 1, x.shape[-1]):
-            own, own_scale, to_normed = x[block], scale[block], grad[block]
-            if to_weight is not None:
-                torch.mul(own, own_scale, out=to_weight[block]).mul_(to_normed)
-            if weight is not None:
+            normed, to_normed = x[block] * scale[block], grad[block]
+            if grad_weight is not None:
+                grad_weight += (to_normed * normed).sum((0, 1))
                 to_normed = to_normed * weight
-            to_scale = (to_normed * own).sum(-1, keepdim=True)
-            to_square = to_scale.mul_(-0.5).mul_(own_scale.pow(3)).div_(x.shape[-1])
-            torch.mul(to_normed, own_scale, out=grad_x[block]).add_(own * (2 * to_square))
-        return grad_x, None if to_weight is None else to_weight.sum((0, 1)), None
+            shared = (to_normed * normed).mean(-1, keepdim=True)
+            torch.addcmul(to_normed, normed, shared, value=-1, out=grad_x[block]).mul_(scale[block])
+        return grad_x, grad_weight, None
 
 
 class GatedRMSNorm(MambaRMSNormGated):

@@ -36,8 +36,8 @@ def chunk_scan(
     document_BL: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Returns y (B, L, H, P) in the type of x and the last state (B, H, P, N) in fp32 or, for an fp64 dt, fp64, which is
-    what all is computed in.
+    Returns y (B, L, H, P) and the last state (B, H, P, N), in fp32 or, for an fp64 dt, fp64, which all is computed in;
+    x, B and C may be halves, which are converted a block at a time.
 
     Args:
         dt_BLH: step sizes, after bias and softplus.
@@ -85,7 +85,7 @@ class Chunks:
 
     def __init__(self, x, dt, a_H, b, c, size: int, document: torch.Tensor | None, block: tuple[slice, slice]):
         rows, tokens = block
-        x, dt, b, c = (tensor[rows, tokens].to(dt.dtype) for tensor in (x, dt, b, c))  # halves: a block at a time
+        x, dt, b, c = (tensor[rows, tokens].to(dt.dtype) for tensor in (x, dt, b, c))
         batch, length, heads, head_dim = x.shape
         groups, states = b.shape[2:]
         split = (batch, length // size, size, groups)
@@ -131,13 +131,6 @@ class Chunks:
         return tensor.transpose(2, 3).unflatten(-1, self.split[-2:])
 
 
-def place(whole: torch.Tensor, block: tuple[slice, slice], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Where a block is computed: in its place in the whole, or apart if that is of another type."""
-    if whole.dtype == dtype:
-        return whole[block].view(shape)
-    return whole.new_empty(shape, dtype=dtype)
-
-
 class ChunkScan(torch.autograd.Function):
     """x, b and c of one floating type, the rest in that of dt; L a multiple of the chunk size; see `chunk_scan`."""
 
@@ -145,7 +138,7 @@ class ChunkScan(torch.autograd.Function):
     def forward(ctx, x, dt, a_H, b, c, d_H, size, initial_state, document):
         (batch, length, heads, head_dim), (groups, states) = x.shape, b.shape[2:]
         state_shape = (groups, heads // groups, head_dim, states)
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        y = dt.new_empty(x.shape)
         incoming = dt.new_empty(batch, length // size, *state_shape)
         last_state = dt.new_zeros(batch, *state_shape)
         if initial_state is not None:
@@ -162,11 +155,9 @@ class ChunkScan(torch.autograd.Function):
                 state = torch.addcmul(added[:, chunk], state, part.kept[:, chunk])
             last_state[rows] = state
             carried = part.c @ incoming[rows, chunks].flatten(3, 4).transpose(-1, -2)
-            out = torch.mul(part.x, d_H.view(groups, -1, 1), out=place(y, block, part.split, dt.dtype))
+            out = torch.mul(part.x, d_H.view(groups, -1, 1), out=y[block].view(part.split))
             out.addcmul_(part.tokens(carried), part.from_start)
             out += part.tokens(part.scores @ part.heads(part.dx))
-            if y.dtype != dt.dtype:
-                y[block] = out.view(y[block].shape)
         ctx.save_for_backward(x, dt, a_H, b, c, d_H, incoming, document)
         ctx.size, ctx.has_state = size, initial_state is not None
         return y, last_state.view(batch, heads, head_dim, states)
@@ -186,7 +177,7 @@ class ChunkScan(torch.autograd.Function):
             rows, tokens = block
             part = Chunks(x, dt, a_H, b, c, ctx.size, document, block)
             before = incoming[rows, tokens.start // ctx.size : tokens.stop // ctx.size]
-            to_y = grad_y[block].to(dt.dtype).view(part.split)
+            to_y = grad_y[block].view(part.split)
             grad_d += (to_y * part.x).sum((0, 1, 2, 5))
 
             # Between chunks, backwards: what reached y from the incoming states, then the states' recurrence.
@@ -219,9 +210,9 @@ class ChunkScan(torch.autograd.Function):
             decay[:, :, -1] += to_end.sum(2)
 
             step = decay.flip(2).cumsum(2).flip(2)
-            to_x = torch.mul(to_y, d[..., None], out=place(grad_x, block, part.split, dt.dtype))
-            to_x.addcmul_(to_dx, part.dt[..., None])
-            if grad_x.dtype != dt.dtype:
+            in_place = grad_x[block].view(part.split) if grad_x.dtype == dt.dtype else None
+            to_x = torch.mul(to_y, d[..., None], out=in_place).addcmul_(to_dx, part.dt[..., None])
+            if in_place is None:
                 grad_x[block] = to_x.view(grad_x[block].shape)
             grad_dt[block] = (to_dx * part.x).sum(-1).addcmul_(step, a).flatten(1, 2).flatten(2)
             grad_a += (step * part.dt).sum((0, 1, 2))
