@@ -48,7 +48,9 @@ class KeepingParser(argparse.ArgumentParser):
         try:
             return self.format_help()
         finally:
-            os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
+            del os.environ["COLUMNS"]
+            if before is not None:
+                os.environ["COLUMNS"] = before
 
 
 def asks_for_help() -> bool:
