@@ -28,7 +28,7 @@ KINDS = ("adamba", *HYBRIDS, "llama")
 HEAD_DIM = 64
 
 
-def adamba_config(hidden: int, num_layers: int, vocab: int = VOCAB) -> AdambaConfig:
+def adamba_config(hidden: int, num_layers: int, vocab: int = VOCAB, **mamba: int) -> AdambaConfig:
     heads = max(1, hidden // HEAD_DIM)
     step = hidden // 4
     return AdambaConfig(
@@ -42,13 +42,14 @@ def adamba_config(hidden: int, num_layers: int, vocab: int = VOCAB) -> AdambaCon
         max_position_embeddings=2**15,
         width_levels={str(width): width for width in range(step, hidden + 1, step) if width % (hidden // heads) == 0},
         pad_token_id=0,
+        **mamba,
     )
 
 
-def build(kind: str, hidden: int, num_layers: int, vocab: int = VOCAB) -> PreTrainedModel:
-    """One of `KINDS` with random weights, in training mode; `num_layers` are Adamba's."""
+def build(kind: str, hidden: int, num_layers: int, vocab: int = VOCAB, **mamba: int) -> PreTrainedModel:
+    """One of `KINDS` with random weights, in training mode; `num_layers` are Adamba's, `mamba` sizes of its mixer."""
     torch.manual_seed(0)
-    config = adamba_config(hidden, num_layers, vocab)
+    config = adamba_config(hidden, num_layers, vocab, **mamba)
     pairs = num_layers // 2
     shared: dict[str, Any] = {
         "vocab_size": vocab,

@@ -43,11 +43,12 @@ def mamba() -> dict[str, float]:
 
 def training_step() -> dict[str, float]:
     """A training step against transformers' hybrids; full width against its twin; a narrow step against its FLOPs."""
-    from training_step import bench_elastic, bench_peers
+    from training_step import Case, bench_elastic, bench_peers
 
-    rows = bench_peers(128, 256, "fp32", 3, with_memory=False)
+    case = Case(128, 256, "fp32")
+    rows = bench_peers(case, 3, with_memory=False)
     peers = {row["other"]: row for row in rows if row["measure"] == "peers"}
-    twin, narrow = bench_elastic(128, 256, "fp32", 5)
+    twin, narrow = bench_elastic(case, 5)
     return {f"step_{other}": row["speedup_cpu_time"] for other, row in peers.items()} | {
         "full_width": 1 / twin["cpu_time_ratio"],
         "narrow_step": 1 / narrow["cpu_time_over_flops"],

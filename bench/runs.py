@@ -17,16 +17,17 @@ RESULTS = ROOT / "bench" / "results"
 _PRINTED: set[str] = set()
 
 
-def command(script: str, *arguments: object) -> None:
+def command(script: str, *arguments: object, before: list[str] | None = None) -> None:
     """
-    Run one of `src/run_*.py` in this environment, in as many processes as its recipe says (a step has rows from each);
-    its output goes to the terminal.
+    Run one of `src/run_*.py` in this environment, in as many processes as its recipe says (a step has rows from each)
+    or by what stands `before` it instead; its output goes to the terminal.
 
     Raises:
         subprocess.CalledProcessError: it failed.
     """
     is_recipe = bool(arguments) and str(arguments[0]).endswith(".yaml")
-    words = [*(launcher(ROOT / str(arguments[0])) if is_recipe else ["python"]), f"src/{script}", *map(str, arguments)]
+    before = before or (launcher(ROOT / str(arguments[0])) if is_recipe else ["python"])
+    words = [*before, f"src/{script}", *map(str, arguments)]
     print("$", *words, flush=True)
     subprocess.run([str(Path(sys.executable).with_name(words[0])), *words[1:]], cwd=ROOT, check=True)
 

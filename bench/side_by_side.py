@@ -28,6 +28,8 @@ Spent = tuple[float, float]  # seconds on the clock, and of this process's CPU t
 def timed(run: Callable[[], object]) -> Spent:
     started, started_cpu = time.perf_counter(), time.process_time()
     run()
+    if torch.cuda.is_initialized():  # what was asked of a GPU goes on after the call
+        torch.cuda.synchronize()
     return time.perf_counter() - started, time.process_time() - started_cpu
 
 
@@ -88,6 +90,16 @@ def peak_bytes(run: Callable[[], object]) -> int:
     before = _resident("VmRSS")
     run()
     return _resident("VmHWM") - before
+
+
+def peak_cuda_bytes(run: Callable[[], object]) -> int:
+    """The most memory of the GPU that tensors held while `run` ran, above what was there before."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _resident(kind: str) -> int:

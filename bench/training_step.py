@@ -1,12 +1,15 @@
 """
 A training step (forward, backward, AdamW) of Adamba, of transformers' hybrids and a Llama; what elasticity costs.
 
-    python bench/training_step.py            # 256 and 1,024 channels, rows of 256 and 2,048 tokens, fp32 and bf16
-    python bench/training_step.py --quick    # 128 channels, rows of 256
+    python bench/training_step.py                            # 256 and 1,024 channels, rows of 256 and 2,048 tokens
+    python bench/training_step.py --quick                    # 128 channels, rows of 256
+    python bench/training_step.py --device cuda --compile    # bf16; without --compile the layers run as they are
 
-`bench/peers.py` says how the models correspond. 2,048 tokens a step, the sides in turn in one process; bf16: autocast.
-Peak memory is that of a process of its own, from before the model is built to the end of the second step. The twin of
-`full width` has the same weights in layers that know no width; a narrow step stands beside its share of the FLOPs.
+`bench/peers.py` says how the models correspond. 2,048 tokens a step (a GPU: 16,384), the sides in turn in one process;
+bf16: autocast. Peak memory is that of a process of its own (a GPU: of its tensors), from before the model is built to
+the end of the second step. The twin of `full width` has the same weights in layers that know no width; a narrow step
+stands beside its share of the FLOPs. On a GPU all sides have `mamba_ssm` and `causal_conv1d` where they are installed,
+and `--compile` compiles the layers of all.
 
 Targets: 1.15 × the tokens a second of the faster hybrid of transformers, in no more memory; full width 1 % over its
 twin at most; a narrow step at most 1.25 × its FLOP share.
@@ -18,7 +21,10 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
@@ -26,18 +32,56 @@ import torch
 import torch.nn.functional as F
 from peers import HYBRIDS, KINDS, build
 from runs import write_results
-from side_by_side import against, in_child, in_turn, peak_bytes, speedup
+from side_by_side import against, in_child, in_turn, peak_bytes, peak_cuda_bytes, speedup
+from transformers import PreTrainedModel
 
 from adamba.flops import TRAINING_FACTOR, head_flops, layer_work
 from adamba.model import AdambaConfig, AdambaForCausalLM
+from adamba.model.kernels_adamba import loads
 from adamba.model.layers_adamba import AttentionLayer, ElasticLinear, ElasticRMSNorm
+from adamba.training.compiling import compile_for_training
 
-TOKENS = 2048
-NUM_LAYERS = {128: 4, 256: 4, 1024: 2}
+TOKENS = {"cpu": 2048, "cuda": 16_384}
+NUM_LAYERS = {"cpu": {128: 4, 256: 4, 1024: 2}, "cuda": {128: 4, 256: 8, 1024: 8, 2048: 8}}
+MAMBA: dict[str, dict[str, int]] = {"cpu": {}, "cuda": {"mamba_state_size": 128, "mamba_chunk_size": 256}}
 TARGET = "speedup 1.15 over the faster hybrid, memory_ratio 1; full_over_twin 1.01; time_over_flops 1.25"
 
 
-def token_ids(vocab: int, length: int, tokens: int = TOKENS) -> torch.Tensor:
+@dataclass(frozen=True)
+class Case:
+    """What is measured: a model's size, the rows of a step, and where and how it runs."""
+
+    hidden: int
+    length: int
+    dtype: str
+    device: str = "cpu"
+    compiled: bool = False
+
+    @property
+    def num_layers(self) -> int:
+        return NUM_LAYERS[self.device].get(self.hidden, 2)
+
+    def built(self, kind: str) -> PreTrainedModel:
+        with torch.device(self.device):
+            return build(kind, self.hidden, self.num_layers, **MAMBA[self.device])
+
+    def model(self, kind: str) -> PreTrainedModel:
+        return self.prepared(self.built(kind))
+
+    def prepared(self, model: PreTrainedModel) -> PreTrainedModel:
+        if self.compiled and isinstance(model, AdambaForCausalLM):
+            compile_for_training(model)
+        elif self.compiled:
+            for layer in model.model.layers:
+                layer.compile(dynamic=False)
+        return model
+
+    def stepper(self, model, **options) -> Callable[[], None]:
+        ids = token_ids(model.config.vocab_size, self.length, TOKENS[self.device]).to(self.device)
+        return stepper(model, ids, self.dtype, **options)
+
+
+def token_ids(vocab: int, length: int, tokens: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(1, vocab, (tokens // length, length), generator=generator)
 
@@ -47,7 +91,7 @@ def stepper(model, ids: torch.Tensor, dtype: str, **options) -> Callable[[], Non
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == "bf16"):
             loss = model(input_ids=ids, labels=ids, use_cache=False, **options).loss
         loss.backward()
         optimizer.step()
@@ -56,26 +100,43 @@ def stepper(model, ids: torch.Tensor, dtype: str, **options) -> Callable[[], Non
     return step
 
 
-def bench_peers(hidden: int, length: int, dtype: str, repeats: int, with_memory: bool = True) -> list[dict]:
-    models = {kind: build(kind, hidden, NUM_LAYERS[hidden]) for kind in KINDS}
-    ids = token_ids(models["adamba"].config.vocab_size, length)
-    seconds = in_turn({kind: stepper(model, ids, dtype) for kind, model in models.items()}, repeats)
-    case = {"hidden": hidden, "length": length, "dtype": dtype}
-    peaks = {kind: in_child(__file__, case | {"kind": kind}) for kind in KINDS} if with_memory else {}
+def bench_peers(case: Case, repeats: int, with_memory: bool = True) -> list[dict]:
+    steps: dict[str, Callable[[], None]] = {}
+    sizes: dict[str, int] = {}
+    peaks: dict[str, float] = {}
+
+    def add(kind: str) -> None:
+        model = case.model(kind)
+        sizes[kind], steps[kind] = trained(model), case.stepper(model)
+
+    def add_and_train(kind: str) -> None:
+        add(kind)
+        steps[kind]()
+        steps[kind]()
+
+    for kind in KINDS:
+        if case.device == "cuda":
+            peaks[kind] = peak_cuda_bytes(partial(add_and_train, kind))
+            continue
+        add(kind)
+        if with_memory:
+            peaks[kind] = in_child(__file__, asdict(case) | {"kind": kind})
+    seconds, tokens = in_turn(steps, repeats), TOKENS[case.device]
     rows = []
     for other in KINDS[1:]:
         compared = speedup(seconds, "adamba", other)
-        row = {"measure": "peers", **case, "other": other} | compared
-        row |= {"tokens_per_second": TOKENS / compared["seconds"]}
-        row |= {"other_tokens_per_second": TOKENS / compared["other_seconds"]}
-        row |= {"parameters": trained(models["adamba"]), "other_parameters": trained(models[other])}
+        row = {"measure": "peers", **asdict(case), "other": other} | compared
+        row |= {"tokens_per_second": tokens / compared["seconds"]}
+        row |= {"other_tokens_per_second": tokens / compared["other_seconds"]}
+        row |= {"parameters": sizes["adamba"], "other_parameters": sizes[other]}
         if peaks:
             row |= {"peak_mib": peaks["adamba"] / 2**20, "other_peak_mib": peaks[other] / 2**20}
             row |= {"memory_ratio": peaks["adamba"] / peaks[other]}
         rows.append(row)
-    faster = min(rows[: len(HYBRIDS)], key=lambda row: row["speedup_cpu_time"])
+    by = "speedup_cpu_time" if case.device == "cpu" else "speedup"  # the CPU only asks a GPU, and waits
+    faster = min(rows[: len(HYBRIDS)], key=lambda row: row[by])
     shown = ("other", "speedup", "speedup_cpu_time")
-    rows.append({"measure": "faster_hybrid", **case} | {key: faster[key] for key in shown})
+    rows.append({"measure": "faster_hybrid", **asdict(case)} | {key: faster[key] for key in shown})
     return rows
 
 
@@ -122,23 +183,23 @@ def step_flops(config: AdambaConfig, width: int | None, length: int) -> float:
     return TRAINING_FACTOR * (sum(layer.total for layer in work) + head_flops(config)) + sum(w.remade for w in work)
 
 
-def bench_elastic(hidden: int, length: int, dtype: str, repeats: int) -> list[dict]:
-    model = build("adamba", hidden, NUM_LAYERS[hidden])
+def bench_elastic(case: Case, repeats: int) -> list[dict]:
+    model = case.built("adamba")
     assert isinstance(model, AdambaForCausalLM)
-    config, twin = model.config, plain_twin(model)
-    ids = token_ids(config.vocab_size, length)
+    config, twin, hidden = model.config, plain_twin(model), case.hidden
+    ids = token_ids(config.vocab_size, case.length, TOKENS[case.device]).to(case.device)
     with torch.no_grad():
         difference = float((model(ids).logits - twin(ids).logits).abs().max())
-    runs = {"full": stepper(model, ids, dtype), "twin": stepper(twin, ids, dtype)}
     narrow = [width for width in config.width_levels.values() if width < hidden]
-    runs |= {str(width): stepper(copy.deepcopy(model), ids, dtype, width=width) for width in narrow}
+    copies = {width: copy.deepcopy(model) for width in narrow}
+    runs = {"full": case.stepper(case.prepared(model)), "twin": case.stepper(case.prepared(twin))}
+    runs |= {str(width): case.stepper(case.prepared(narrower), width=width) for width, narrower in copies.items()}
     seconds = in_turn(runs, repeats)
-    case = {"hidden": hidden, "length": length, "dtype": dtype}
-    rows = [{"measure": "full_over_twin", **case, "max_logit_difference": difference}]
+    rows = [{"measure": "full_over_twin", **asdict(case), "max_logit_difference": difference}]
     rows[0] |= against(seconds, "full", "twin")
     for width in narrow:
-        share = step_flops(config, width, length) / step_flops(config, None, length)
-        row = {"measure": "narrow_step", **case, "width": width, "flop_ratio": share}
+        share = step_flops(config, width, case.length) / step_flops(config, None, case.length)
+        row = {"measure": "narrow_step", **asdict(case), "width": width, "flop_ratio": share}
         row |= against(seconds, str(width), "full")
         rows.append(
             row | {"time_over_flops": row["time_ratio"] / share, "cpu_time_over_flops": row["cpu_time_ratio"] / share}
@@ -146,41 +207,50 @@ def bench_elastic(hidden: int, length: int, dtype: str, repeats: int) -> list[di
     return rows
 
 
-def child(case: dict) -> None:
-    def train(hidden: int, length: int, tokens: int) -> None:
-        model = build(case["kind"], hidden, NUM_LAYERS.get(hidden, 2))
-        step = stepper(model, token_ids(model.config.vocab_size, length, tokens), case["dtype"])
+def child(kind: str, **fields) -> None:
+    def train(case: Case) -> None:
+        step = case.stepper(case.model(kind))
         step()
         step()
 
-    train(64, 16, 16)  # libraries' own buffers
-    print(peak_bytes(lambda: train(case["hidden"], case["length"], TOKENS)))
+    case = Case(**fields)
+    train(replace(case, hidden=64, length=16))  # libraries' own buffers
+    print(peak_bytes(lambda: train(case)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model, to see that it runs")
-    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 1024], choices=NUM_LAYERS)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 1024], choices=NUM_LAYERS["cuda"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 2048])
-    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], help="default: both; on a GPU bf16")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu", choices=list(TOKENS))
+    parser.add_argument("--compile", action="store_true", help="torch.compile for the layers of every side")
+    parser.add_argument("--only-peers", action="store_true", help="not what elasticity costs")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        child(options.child)
+        child(**options.child)
         return
+    dtypes = options.dtypes or {"cpu": ["fp32", "bf16"], "cuda": ["bf16"]}[options.device]
     if options.quick:
-        options.hidden, options.lengths, options.dtypes, options.repeats = [128], [256], ["fp32"], 3
+        options.hidden, options.lengths, dtypes, options.repeats = [128], [256], ["fp32"], 3
     started = time.monotonic()
+    name = "training_step" + f"_{options.device}" * (options.device != "cpu") + "_compiled" * options.compile
+    layers = {str(hidden): NUM_LAYERS[options.device][hidden] for hidden in options.hidden}
+    facts: dict[str, Any] = {"tokens_per_step": TOKENS[options.device], "layers": layers, "repeats": options.repeats}
+    if options.device == "cuda":
+        facts |= {package: loads(package) for package in ("mamba_ssm", "causal_conv1d")}
     rows: list[dict] = []
     for hidden in options.hidden:
         for length in options.lengths:
-            for dtype in options.dtypes:
-                rows += bench_peers(hidden, length, dtype, options.repeats)
-                rows += bench_elastic(hidden, length, dtype, options.repeats)
-                layers = {str(hidden): NUM_LAYERS[hidden] for hidden in options.hidden}
-                facts = {"tokens_per_step": TOKENS, "layers": layers, "repeats": options.repeats}
-                write_results("training_step", rows, started, target=TARGET, quick=options.quick, **facts)
+            for dtype in dtypes:
+                case = Case(hidden, length, dtype, options.device, options.compile)
+                rows += bench_peers(case, options.repeats)
+                if not options.only_peers:
+                    rows += bench_elastic(case, options.repeats)
+                write_results(name, rows, started, target=TARGET, quick=options.quick, **facts)
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def test_memory_counts_the_chunks_of_logits_that_training_makes() -> None:
     from adamba.budget import memory
     from adamba.training import head_losses
 
-    assert memory.LOGITS_AT_ONCE == head_losses.LOGITS_AT_ONCE
+    assert memory.LOGITS_AT_ONCE == head_losses.LOGITS_AT_ONCE["cuda"]
 
 
 def test_a_reader_that_stops_early_ends_it_in_silence() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -16,8 +17,9 @@ from adamba.errors import UserError
 from adamba.flops import training_flops_per_token
 from adamba.gpus import CPU, Gpu, find_gpu
 from adamba.model import AdambaConfig, AdambaForCausalLM
+from adamba.training.compiling import compile_for_training
 from adamba.training.elastic import ElasticArguments, Tally, draw, elastic_loss
-from adamba.training.freezing import freeze_all_but
+from adamba.training.freezing import freeze_all_but, freeze_idle
 from adamba.training.head_losses import next_token_losses
 
 from .phases import ELASTIC_KEYS, PlannedPhase
@@ -25,6 +27,7 @@ from .phases import ELASTIC_KEYS, PlannedPhase
 WHOLE = 1e9  # a model above this many parameters is measured on its first layers
 NUM_LAYERS = 4
 NUM_STEPS = 3
+NUM_DRAWS = 1000  # of widths, to know how often each is drawn
 MATMUL_SIZE = 1024
 
 
@@ -64,41 +67,74 @@ def matmul_flops_per_second() -> float:
 
 
 def flops_per_second(phase: PlannedPhase, num_steps: int = NUM_STEPS) -> float:
-    """Model FLOPs a second of the phase's micro-batches, with the optimizer step that several of them share."""
+    """
+    Model FLOPs a second of the phase's micro-batches, with the optimizer step that several of them share. Rows hold
+    four documents each, as packed rows do; each kind of micro-batch counts as often as it is drawn.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = _model(phase.config, phase.values.get("dtype", "float32")).to(device).train()
+    model = _model(phase.config, phase.values.get("dtype", "float32"), device).train()
     freeze_all_but(model, str(phase.values.get("train_only", "all")))
-    checkpointing = phase.values.get("activation_checkpointing") or phase.values.get("gradient_checkpointing")
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    rows = int(phase.values.get("per_device_train_batch_size", 8))
-    input_ids = torch.randint(0, phase.config.vocab_size, (rows, phase.length), device=device)
-    options = {key: phase.values[key] for key in ELASTIC_KEYS if key in phase.values}
-    elastic = ElasticArguments(elastic=True, **options) if phase.is_elastic else None
-    mixed = phase.values.get("bf16") and device == "cuda"
+    freeze_idle(model, _elastic(phase))
+    if phase.values.get("activation_checkpointing") or phase.values.get("gradient_checkpointing"):
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    if phase.values.get("torch_compile") and device == "cuda" and isinstance(model, AdambaForCausalLM):
+        compile_for_training(model)
+    micro_batch = _micro_batch(phase, model, device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9, fused=True)
+    kinds = _kinds(phase)
+    for place in kinds:
+        micro_batch(place)  # the first of a kind compiles, and makes what stays
+    optimizer.step()
+    seconds = 0.0
+    for place, share in kinds.items():
+        times = [_seconds(partial(micro_batch, place)) for _ in range(max(1, num_steps // len(kinds)))]
+        seconds += share * sum(times) / len(times)
+    shared_by = int(phase.values.get("gradient_accumulation_steps", 1))
+    seconds += median(_seconds(optimizer.step) for _ in range(num_steps)) / shared_by
+    flops = phase.flops_per_token
+    if not phase.is_elastic:
+        flops = training_flops_per_token(phase.config, phase.length, str(phase.values.get("train_only", "all")))
+    return flops * _num_rows(phase) * phase.length / seconds
 
-    def micro_batch(place: int) -> None:
+
+def _num_rows(phase: PlannedPhase) -> int:
+    return int(phase.values.get("per_device_train_batch_size", 8))
+
+
+def _elastic(phase: PlannedPhase) -> ElasticArguments:
+    options = {key: phase.values[key] for key in ELASTIC_KEYS if key in phase.values}
+    return ElasticArguments(elastic=phase.is_elastic, **options)
+
+
+def _kinds(phase: PlannedPhase) -> dict[int, float]:
+    """Micro-batches that stand for all, by the widths they draw -> how often those are drawn."""
+    if not phase.is_elastic:
+        return {0: 1.0}
+    drawn = [tuple(draw(phase.config, _elastic(phase), 0, place, 0).widths) for place in range(NUM_DRAWS)]
+    return {drawn.index(widths): count / NUM_DRAWS for widths, count in Counter(drawn).items()}
+
+
+def _micro_batch(phase: PlannedPhase, model: PreTrainedModel, device: str) -> Callable[[int], None]:
+    """Forward and backward of the micro-batch at a place of the run's draws."""
+    rows, length = _num_rows(phase), phase.length
+    input_ids = torch.randint(0, phase.config.vocab_size, (rows, length), device=device)
+    document = max(1, -(-length // 4))
+    batch = {"input_ids": input_ids, "position_ids": (torch.arange(length, device=device) % document).expand(rows, -1)}
+    mixed = phase.values.get("bf16") and device == "cuda"
+    elastic = _elastic(phase)
+
+    def run(place: int) -> None:
         with torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext():
-            if elastic is None:
-                loss = next_token_losses(model, model, {"input_ids": input_ids}, input_ids).sum() / input_ids.numel()
-            else:
+            if phase.is_elastic:
                 chosen = draw(model.config, elastic, 0, place, 0)
-                batch = {"input_ids": input_ids, "labels": input_ids}
-                loss = elastic_loss(model, model, batch, elastic, chosen, input_ids.numel(), Tally())
+                labelled = batch | {"labels": input_ids}
+                loss = elastic_loss(model, model, labelled, elastic, chosen, input_ids.numel(), Tally())
+            else:
+                loss = next_token_losses(model, model, batch, input_ids).sum() / input_ids.numel()
         loss.backward()
 
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9)
-    micro_batch(0)
-    optimizer.step()
-    times = [_seconds(partial(micro_batch, place)) for place in range(1, 1 + num_steps)]
-    share = median(_seconds(optimizer.step) for _ in range(num_steps)) / int(
-        phase.values.get("gradient_accumulation_steps", 1)
-    )
-    if elastic is None:
-        flops = training_flops_per_token(phase.config, phase.length, str(phase.values.get("train_only", "all")))
-    else:
-        flops = phase.flops_per_token
-    return flops * input_ids.numel() / (sum(times) / len(times) + share)
+    return run
 
 
 def shortened(phase: PlannedPhase) -> Any:
@@ -113,11 +149,12 @@ def shortened(phase: PlannedPhase) -> Any:
     return AdambaConfig.from_dict(config.to_dict() | changes)
 
 
-def _model(config: Any, dtype: str) -> PreTrainedModel:
-    if isinstance(config, AdambaConfig):
-        return AdambaForCausalLM(config).to(getattr(torch, dtype))
-    fields = {key: value for key, value in vars(config).items() if value is not None}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+def _model(config: Any, dtype: str, device: str) -> PreTrainedModel:
+    with torch.device(device):
+        if isinstance(config, AdambaConfig):
+            return AdambaForCausalLM(config).to(getattr(torch, dtype))
+        fields = {key: value for key, value in vars(config).items() if value is not None}
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -10,8 +10,9 @@ from adamba.model.configuration_adamba import ATTENTION_LAYERS, AdambaConfig
 from .phases import PlannedPhase
 
 LOGIT_BYTES = 16  # logits, their fp32 copy, log-softmax and gradient (13.7 were measured in fp32)
-CHUNK_LOGIT_BYTES = 36  # the same of a chunk, and those of the full width that it learns from
-LOGITS_AT_ONCE = 2**24  # of `adamba.training.head_losses`, which would import torch
+CHUNK_LOGIT_BYTES = 18  # the same of a chunk, whose logits are halves on a GPU
+TARGET_LOGIT_BYTES = 10  # more where it learns from those of the full width
+LOGITS_AT_ONCE = 2**27  # of `adamba.training.head_losses` on a GPU; importing it would import torch
 CHUNKED = ("run_pretrain.py", "run_sft.py")
 USABLE_FRACTION = 0.92  # the rest goes to the CUDA context, kernels' workspaces and fragmentation
 BUCKET_BYTES = 2e9  # DeepSpeed's reduce and gather buckets
@@ -31,6 +32,7 @@ def memory_gib(phase: PlannedPhase, num_gpus: int | None = None) -> dict[str, fl
     mixed_fsdp = launch.fsdp and bool(phase.values.get("bf16") or phase.values.get("fp16"))
     learned, computed = (4, 2) if mixed_fsdp else (loaded, loaded)
     processes = launch.num_processes if num_gpus is None else num_gpus
+    mixed = 2 if phase.values.get("bf16") or phase.values.get("fp16") else 0
 
     def held(shards: int) -> float:
         """The part of something sharded that stays on each GPU."""
@@ -53,8 +55,9 @@ def memory_gib(phase: PlannedPhase, num_gpus: int | None = None) -> dict[str, fl
     }
     tokens = int(phase.values.get("per_device_train_batch_size", 8)) * phase.length
     tokens *= 2 if phase.script == "run_dpo.py" else 1
+    stream = min(loaded, computed)  # autocast leaves the residual stream in the precision of the embedding
     forward = {
-        "activations": activation_bytes(phase, tokens, computed),
+        "activations": activation_bytes(phase, tokens, mixed or computed, stream),
         "logits": logit_bytes(phase, tokens),
     }
     if float(phase.values.get("old_weight_lr_scale", 1.0)) < 1:
@@ -69,19 +72,45 @@ def logit_bytes(phase: PlannedPhase, tokens: int) -> float:
     """What the head of a micro-batch holds at its peak."""
     logits = tokens * phase.config.vocab_size
     if phase.script in CHUNKED and isinstance(phase.config, AdambaConfig):
-        return CHUNK_LOGIT_BYTES * min(logits, LOGITS_AT_ONCE)
+        taught = phase.is_elastic and phase.values.get("distill", True)
+        return (CHUNK_LOGIT_BYTES + TARGET_LOGIT_BYTES * taught) * min(logits, LOGITS_AT_ONCE)
     return LOGIT_BYTES * logits
 
 
-def activation_bytes(phase: PlannedPhase, tokens: int, width: int) -> float:
-    """What a micro-batch keeps for backward: with checkpointing each layer's input, and one layer's inside."""
+def activation_bytes(phase: PlannedPhase, tokens: int, computed: int, stream: int) -> float:
+    """
+    What a micro-batch keeps for its backward pass: of an elastic one the full width's and that of the widest that may
+    be drawn. With checkpointing each layer's input, and the inside of one layer.
+
+    Args:
+        computed: bytes of a number that a matrix product takes.
+        stream: bytes of a number of the residual stream.
+    """
     config = phase.config
-    passes = 2 if phase.is_elastic and phase.values.get("distill", True) else 1
-    residual = tokens * config.hidden_size * width
-    inside = [inside_bytes(config, kind, width) * tokens for kind in set(layer_kinds(config))]
-    if phase.values.get("activation_checkpointing") or phase.values.get("gradient_checkpointing"):
-        return passes * residual * len(layer_kinds(config)) + max(inside)
-    return passes * sum(inside_bytes(config, kind, width) * tokens + residual for kind in layer_kinds(config))
+    compiled = bool(phase.values.get("torch_compile"))
+    total = 0.0
+    for width in _widths(phase):
+        inside = [
+            inside_bytes(config, kind, width, computed, stream, compiled) * tokens for kind in layer_kinds(config)
+        ]
+        if phase.values.get("activation_checkpointing") or phase.values.get("gradient_checkpointing"):
+            total += stream * config.hidden_size * tokens * len(inside)
+            total += max(inside) if width == config.hidden_size else 0.0
+        else:
+            total += sum(inside)
+        if phase.is_elastic:
+            total += computed * config.hidden_size * tokens * len(config.gate_layers)
+    return total
+
+
+def _widths(phase: PlannedPhase) -> list[int]:
+    """Channels of the passes whose activations are held at once, at most."""
+    config = phase.config
+    if not phase.is_elastic:
+        return [config.hidden_size]
+    narrow = sorted(width for width in config.width_levels.values() if width < config.hidden_size)
+    drawn = narrow[-int(phase.values.get("num_sampled_widths", 1)) :]
+    return [config.hidden_size, *drawn] if phase.values.get("distill", True) else [config.hidden_size]
 
 
 def layer_kinds(config) -> list[str]:
@@ -90,12 +119,25 @@ def layer_kinds(config) -> list[str]:
     return ["full_attention"] * config.num_hidden_layers
 
 
-def inside_bytes(config, kind: str, width: int) -> float:
-    """Bytes a token inside a layer: norms in fp32, projections, hidden units or the scan's inputs, and gradients."""
+def inside_bytes(config, kind: str, width: int, computed: int, stream: int, compiled: bool) -> float:
+    """
+    Bytes a token that one layer keeps, its input included, by what its operations save. Compiled, cheap ones are made
+    again in the backward pass; else each saves its own inputs, and each projection a copy of its own.
+    """
     hidden = config.hidden_size
     if kind in ATTENTION_LAYERS:
-        units = config.intermediate_size * (3 if getattr(config, "mlp_gated", True) else 2)
-        return 2 * width * (6 * hidden + units) + 8 * hidden
-    inner = config.mamba_inner_size
-    chunks = config.mamba_chunk_size * config.mamba_num_heads  # decay between the tokens of a chunk, for each head
-    return 2 * width * (8 * inner + hidden) + 4 * chunks
+        share = width / hidden
+        head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+        query = share * config.num_attention_heads * head_dim
+        key_value = 2 * share * config.num_key_value_heads * head_dim
+        gated = getattr(config, "mlp_gated", True)
+        units = share * config.intermediate_size * (2 if gated else 1)
+        kept = computed * (2 * width + 2 * query + key_value + units + share * config.intermediate_size)
+        if not compiled:
+            kept += computed * (width * (3 if gated else 2) + (units if gated else 0)) + 4 * (query + key_value / 2)
+        return kept + stream * (hidden + width)
+    inner, states = config.mamba_inner_size, 2 * config.mamba_num_groups * config.mamba_state_size
+    kept = computed * (hidden + 4 * inner + 2 * states + config.mamba_num_heads) + 4 * config.mamba_num_heads
+    if not compiled:
+        kept += (4 * 4 + computed) * inner  # the gated norm, in fp32
+    return kept + stream * hidden

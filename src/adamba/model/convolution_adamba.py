@@ -1,5 +1,5 @@
 """
-The causal depthwise convolution of Mamba-2, then SiLU, in plain torch.
+The causal depthwise convolution of Mamba-2, then SiLU: by `causal_conv1d` on a GPU that has it, else in plain torch.
 
 Shape legend: B batch, L tokens, X channels, K taps, W places of a window.
 """
@@ -9,8 +9,22 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from transformers.models.mamba2.modeling_mamba2 import causal_conv1d_fn
 
+from .kernels_adamba import has_kernels
 from .scan_adamba import blocks
+
+
+def convolve_rows(
+    x_BLX: torch.Tensor, weight_XK: torch.Tensor, bias_X: torch.Tensor, document_BL: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What `causal_conv` computes, by the kernel where there is one for this tensor."""
+    if not (has_kernels("causal_conv1d", x_BLX) and x_BLX.shape[-1] % 8 == 0 and 2 <= weight_XK.shape[1] <= 4):
+        return causal_conv(x_BLX, weight_XK, bias_X, document_BL)
+    if any(stride % 8 for stride in x_BLX.stride()[:2]):  # a slice of in_proj's output; the kernel reads vectors
+        x_BLX = x_BLX.contiguous()
+    out = causal_conv1d_fn(x_BLX.transpose(1, 2), weight_XK, bias_X, seq_idx=document_BL, activation="silu")
+    return out.transpose(1, 2)
 
 
 def causal_conv(

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .configuration_adamba import AdambaConfig
+from .documents_adamba import attend_in_documents
 from .norm_adamba import block_rms_norm
 from .scan_adamba import BLOCK_SIZE
 
@@ -34,7 +35,7 @@ class ElasticRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         width = x.shape[-1]
-        if width <= self.base_width and x.dtype in (torch.float32, torch.float64) and not x.is_cuda:
+        if width <= self.base_width and x.dtype in (torch.float32, torch.float64):
             # The same operations in one call; halves are rounded elsewhere in torch's than in Llama's.
             weight = None if self.weight is None else first_channels(self.weight, width).to(x.dtype)
             # In fp32 alone a training step keeps the bits it always had: runs are compared by them.
@@ -147,13 +148,17 @@ class ElasticAttention(nn.Module):
         value: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
+        starts: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """What L queries read from keys and values, (B, L, W)."""
+        """What L queries read from keys and values, (B, L, W); with `starts`, each from its own document."""
         width = x_BLW.shape[-1]
         num_heads = width // self.width_step * self.num_key_value_groups
         norm = self.q_norm if self.qk_norm is not None else None
         query = self._position(self._heads(self.q_proj(x_BLW, num_heads * self.head_dim), num_heads), norm, rope)
+        if starts is not None:
+            out_BLHP = attend_in_documents(query, key, value, starts, self.scaling, self.sliding_window)
+            return self.o_proj(out_BLHP.reshape(*x_BLW.shape[:-1], -1), width)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         out_BLHP, _ = attend(
             self,

@@ -18,10 +18,10 @@ from transformers.models.mamba2.modeling_mamba2 import (
     mamba2_chunk_scan,
     mamba2_selective_state_update,
 )
-from transformers.utils.import_utils import is_mamba_2_ssm_available
 
 from .configuration_adamba import AdambaConfig
-from .convolution_adamba import causal_conv, short_conv
+from .convolution_adamba import convolve_rows, short_conv
+from .kernels_adamba import has_kernels
 from .layers_adamba import ElasticRMSNorm
 from .norm_adamba import GatedRMSNorm
 from .recurrence_adamba import scan_states, scan_step
@@ -29,16 +29,6 @@ from .scan_adamba import chunk_scan
 
 SHORT = 16  # tokens up to which the convolution is cheaper as a plain sum on a CPU
 TIME_STEP_MIN, TIME_STEP_MAX, TIME_STEP_FLOOR = 1e-3, 1e-1, 1e-4
-
-
-def number_documents(position_ids: torch.Tensor | None) -> torch.Tensor | None:
-    """Packed rows: a number for each document, (B, L), new where `position_ids` does not go on by one; else `None`."""
-    if position_ids is None or position_ids.shape[1] == 1:
-        return None
-    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if not bool(starts.any()):
-        return None
-    return torch.nn.functional.pad(starts.int().cumsum(-1), (1, 0))
 
 
 class Mamba2Mixer(nn.Module):
@@ -108,30 +98,25 @@ class Mamba2Mixer(nn.Module):
     def _convolve(self, conv_in: torch.Tensor, cache: Cache | None, documents: torch.Tensor | None) -> torch.Tensor:
         length = conv_in.shape[1]
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        if documents is not None:
-            return causal_conv(conv_in, weight, bias, documents)
         channels_first = conv_in.transpose(1, 2)
         conv_state = cache.get_conv_state(self.layer_idx) if cache is not None else None
+        if conv_state is None:
+            if cache is not None:
+                cache.update_conv_state(channels_first, self.layer_idx, conv_kernel_size=self.conv_kernel)
+            return convolve_rows(conv_in, weight, bias, documents)
         recording = state_history(cache, self.layer_idx) is not None
-        if conv_state is not None and (recording or 1 < length <= SHORT and not conv_state.is_cuda):
+        if recording or 1 < length <= SHORT and not conv_state.is_cuda:
             window = cache.update_conv_state(channels_first, self.layer_idx, conv_kernel_size=self.conv_kernel)
             out = short_conv(window[..., -(self.conv_kernel - 1 + length) :], weight, bias)
-        elif conv_state is not None and length == 1 and not conv_state.is_cuda:
+        elif length == 1 and not conv_state.is_cuda:
             window = torch.cat((conv_state[..., 1:], channels_first), dim=-1)
             conv_state.copy_(window)
             out = short_conv(window[..., -self.conv_kernel :], weight, bias)
-        elif conv_state is not None and length == 1:
+        elif length == 1:
             out = causal_conv1d_update(channels_first, conv_state, weight, bias, activation="silu")
-        elif conv_state is None and not conv_in.is_cuda:
-            if cache is not None:
-                cache.update_conv_state(channels_first, self.layer_idx, conv_kernel_size=self.conv_kernel)
-            return causal_conv(conv_in, weight, bias)
         else:
-            if cache is not None:
-                channels_first = cache.update_conv_state(
-                    channels_first, self.layer_idx, conv_kernel_size=self.conv_kernel
-                )
-            out = causal_conv1d_fn(channels_first, weight, bias, activation="silu")[:, :, -length:]
+            window = cache.update_conv_state(channels_first, self.layer_idx, conv_kernel_size=self.conv_kernel)
+            out = causal_conv1d_fn(window, weight, bias, activation="silu")[:, :, -length:]
         return out.transpose(1, 2)
 
     def _split(self, conv_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -147,7 +132,7 @@ class Mamba2Mixer(nn.Module):
         """One token; the state is updated in place. Returns y (B, H, P)."""
         x, dt, b, c = (part.squeeze(1) for part in (x_BLHP, dt_BLH, b_BLGN, c_BLGN))
         a_H = -self.A_log.exp()
-        if has_kernels(x):
+        if has_kernels("mamba_ssm", x):
             shape = (self.num_heads, self.head_dim)
             return mamba2_selective_state_update(
                 state_BHPN,
@@ -165,7 +150,7 @@ class Mamba2Mixer(nn.Module):
     def _scan(self, x_BLHP, dt_BLH, b_BLGN, c_BLGN, state, documents) -> tuple[torch.Tensor, torch.Tensor]:
         """Many tokens. Returns y (B, L, H, P) and the last state (B, H, P, N)."""
         a_H = -self.A_log.exp()
-        if has_kernels(x_BLHP):
+        if has_kernels("mamba_ssm", x_BLHP):
             return mamba2_chunk_scan(
                 x_BLHP,
                 dt_BLH,
@@ -187,11 +172,6 @@ class Mamba2Mixer(nn.Module):
 def state_history(cache: Cache | None, layer_idx: int) -> list[torch.Tensor] | None:
     """The states since the last token that is final, while `speculation_adamba` drafts on this cache; else `None`."""
     return None if cache is None else getattr(cache.layers[layer_idx], "state_history", None)
-
-
-def has_kernels(tensor: torch.Tensor) -> bool:
-    """Whether `mamba_ssm`'s kernels can take this tensor; without them the plain twin in `scan_adamba` runs."""
-    return tensor.is_cuda and is_mamba_2_ssm_available()
 
 
 class MambaLayer(GradientCheckpointingLayer):

@@ -25,9 +25,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .configuration_adamba import ATTENTION_LAYERS, AdambaConfig
 from .decoding_adamba import AdaptiveGenerationMixin
+from .documents_adamba import can_attend_in_documents, document_starts, number_documents
 from .gates_adamba import ExitGate, Verdict, WidthRouter
 from .layers_adamba import AttentionLayer, ElasticRMSNorm, rotations
-from .mamba_adamba import Mamba2Mixer, MambaLayer, init_decay, init_time_steps, number_documents
+from .mamba_adamba import Mamba2Mixer, MambaLayer, init_decay, init_time_steps
 
 
 @dataclass
@@ -149,10 +150,13 @@ class AdambaModel(AdambaPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(seen, seen + length, device=hidden.device)[None]
-        masks = self._masks(hidden, attention_mask, position_ids, past_key_values, set(self.config.layer_types))
-        documents = None
+        documents = starts = None
         if past_key_values is None and attention_mask is None:
             documents = number_documents(position_ids)
+        if documents is not None and self._can_attend_in_documents(hidden):
+            starts, masks = document_starts(documents), dict.fromkeys(self.config.layer_types)
+        else:
+            masks = self._masks(hidden, attention_mask, position_ids, past_key_values, set(self.config.layer_types))
         cos, sin = self.rotary_emb(hidden, position_ids)
         rope = rotations(cos, sin, self.config.rope_sign)
         resolved = self.config.resolve_width(width)
@@ -192,6 +196,7 @@ class AdambaModel(AdambaPreTrainedModel):
                     cache=past_key_values,
                     active=active,
                     position_ids=position_ids,
+                    starts=starts,
                     **kwargs,
                 )
             else:
@@ -249,6 +254,10 @@ class AdambaModel(AdambaPreTrainedModel):
             "linear_attention": create_recurrent_attention_mask,
         }
         return {kind: builders[kind](**args) for kind in kinds}
+
+    def _can_attend_in_documents(self, hidden: torch.Tensor) -> bool:
+        dropout = self.config.attention_dropout if self.training else 0.0
+        return can_attend_in_documents(hidden, self.config._attn_implementation, self.config.head_dim, dropout)
 
     def _exit(self, index, hidden, threshold, active, taken) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Drop the rows whose gate is sure enough from `active`, and note where they left."""

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from adamba.model import AdambaForCausalLM
 
 IGNORED = -100
-LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32
+# In fp32 64 MiB, which a CPU's caches and memory like, and 512 MiB: a GPU wants large products.
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
@@ -60,8 +61,8 @@ def head_losses(
     """
     counted = labels_BL[:, 1:] != IGNORED
     states_TD = model.model.norm(hidden_BLD[:, :-1][counted])
-    size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    return _in_chunks(model.head, states_TD, labels_BL[:, 1:], counted, target, size)
+    size = max(1, LOGITS_AT_ONCE.get(states_TD.device.type, LOGITS_AT_ONCE["cpu"]) // model.config.vocab_size)
+    return _in_chunks(model, model.head, states_TD, labels_BL[:, 1:], counted, target, size)
 
 
 def run_to_head(model, plain: AdambaForCausalLM, inputs: dict, labels, exit_layers=(), target=None, **options):
@@ -79,7 +80,8 @@ def run_to_head(model, plain: AdambaForCausalLM, inputs: dict, labels, exit_laye
         return head_losses(plain, output.exit_hidden_states[-1], labels, target), output
     counted = labels[:, 1:] != IGNORED
     logits_TV = output.logits[:, :-1][counted]
-    return _in_chunks(nn.Identity(), logits_TV, labels[:, 1:], counted, target, size=max(1, len(logits_TV))), output
+    size = max(1, len(logits_TV))
+    return _in_chunks(plain, nn.Identity(), logits_TV, labels[:, 1:], counted, target, size), output
 
 
 def next_token_losses(model, plain: PreTrainedModel, inputs: dict, labels, **options) -> torch.Tensor:
@@ -89,10 +91,10 @@ def next_token_losses(model, plain: PreTrainedModel, inputs: dict, labels, **opt
     return token_losses(model(**inputs, use_cache=False, **options).logits, labels)
 
 
-def _in_chunks(head: Head, states_TD, labels, counted, target: HeadLosses | None, size: int) -> HeadLosses:
+def _in_chunks(model, head: Head, states_TD, labels, counted, target: HeadLosses | None, size: int) -> HeadLosses:
     """`size` tokens at a time; `labels` and `counted` are (B, L - 1)."""
     labels_T, targets_TD = labels[counted], None if target is None else target.states.detach()
-    run = partial(_of_chunk, head)
+    run = partial(_of_chunk, head, getattr(model, "reduce_logits", reduce_logits))  # or its compiled twin
     if len(states_TD) > size:
         run = partial(checkpoint, run, use_reentrant=False)
     starts = range(0, max(len(states_TD), 1), size)  # without a label too, so that every rank runs the head
@@ -109,12 +111,22 @@ def _in_chunks(head: Head, states_TD, labels, counted, target: HeadLosses | None
     )
 
 
-def _of_chunk(head: Head, states_TD, labels_T, targets_TD) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    log_probabilities = head(states_TD).float().log_softmax(-1)
-    losses = F.nll_loss(log_probabilities, labels_T, reduction="none")
-    divergence = losses.new_zeros(())
+def _of_chunk(head: Head, reduce, states_TD, labels_T, targets_TD) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    targets_TV = None
     if targets_TD is not None:
         with torch.no_grad():
-            target = head(targets_TD).float().log_softmax(-1)
+            targets_TV = head(targets_TD)
+    return reduce(head(states_TD), labels_T, targets_TV)
+
+
+def reduce_logits(
+    logits_TV: torch.Tensor, labels_T: torch.Tensor, targets_TV: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross entropy (T,), likeliest tokens (T,) and the summed divergence from `targets_TV`, computed in fp32."""
+    log_probabilities = logits_TV.float().log_softmax(-1)
+    losses = F.nll_loss(log_probabilities, labels_T, reduction="none")
+    divergence = losses.new_zeros(())
+    if targets_TV is not None:
+        target = targets_TV.float().log_softmax(-1)
         divergence = F.kl_div(log_probabilities, target, reduction="sum", log_target=True)
     return losses, log_probabilities.argmax(-1), divergence

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
@@ -25,6 +26,7 @@ from adamba.recipe import Recipe
 from adamba.secrets_kept import RedactingFilter
 from adamba.training.caps import SpendingCaps, StopAtCap, refuse_used_up
 from adamba.training.checkpoints import checkpoint_to_resume, differences, refuse_foreign, seal_what_is_saved, sign
+from adamba.training.compiling import compile_layers, take_over_compilation
 from adamba.training.interruptions import Interruptions
 from adamba.training.sharding import (
     copy_model,
@@ -77,6 +79,7 @@ def start(args: TrainingArguments, recipe: Recipe, inputs: Mapping[str, str]) ->
             sign(folder, record)
         refuse_foreign(args.resume_from_checkpoint, folder)
     refuse_used_up(args)
+    take_over_compilation(args)
     args.hub_target = hub_target(args, published) if args.process_index == 0 else None
     args.push_to_hub = False  # the Trainer's own push sends every checkpoint; `finish` sends what is published
     return published
@@ -141,6 +144,7 @@ def train(trainer: Trainer) -> dict[str, float]:
     """
     save_whole(trainer)
     seal_what_is_saved(trainer)
+    compile_layers(trainer.model, trainer.args)
     resume = checkpoint_to_resume(trainer)
     resumed_step = 0
     if resume is not None:
@@ -214,6 +218,7 @@ def measures(trainer: Trainer, seconds: float, tokens_seen: int, context_length:
         "train_flops": train_flops,
         **({"mfu": train_flops / max(seconds, 1e-9) / rated} if rated else {}),
         "peak_memory_bytes": peak_memory_bytes(),
+        **({"peak_gpu_memory_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_initialized() else {}),
     }
 
 

@@ -1,0 +1,152 @@
+"""
+What only a GPU runs: kernels, torch's attention for packed rows and compiled layers, against plain twins and the CPU.
+
+Skipped without a GPU. All is checked without `mamba_ssm` and `causal_conv1d` and, where they are installed, with them:
+they multiply in TF32 or bf16, so what they give is near, not equal.
+"""
+
+import pytest
+import torch
+
+from adamba.model import AdambaForCausalLM, kernels_adamba
+from adamba.model.convolution_adamba import causal_conv, convolve_rows
+from adamba.model.documents_adamba import number_documents
+from adamba.training.compiling import compile_for_training
+from models import hybrid, tokens
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+# Sizes that the kernels take, and are fast at.
+SIZES = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 16}
+SIZES |= {"intermediate_size": 256, "width_levels": {"ghost": 32, "normal": 64, "think": 128}}
+SIZES |= {"mamba_state_size": 64, "mamba_head_dim": 64, "mamba_chunk_size": 64}
+
+
+@pytest.fixture(params=["plain", "kernels"])
+def tolerance(request, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Relative to the size of what is compared."""
+    if request.param == "plain":
+        for module in ("convolution_adamba", "mamba_adamba"):
+            monkeypatch.setattr(f"adamba.model.{module}.has_kernels", lambda package, tensor: False)
+        return 1e-4
+    missing = [package for package in ("mamba_ssm", "causal_conv1d") if not kernels_adamba.loads(package)]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not installed")
+    return 2e-2
+
+
+def packed_positions(length: int, border: int, rows: int = 2) -> torch.Tensor:
+    return torch.cat((torch.arange(border), torch.arange(length - border))).expand(rows, -1)
+
+
+def pair(seed: int) -> tuple[AdambaForCausalLM, AdambaForCausalLM]:
+    """The same model on the CPU and on the GPU."""
+    return hybrid(seed, **SIZES), hybrid(seed, **SIZES).cuda()
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    expected = expected.detach().float().cpu()
+    return float((found.detach().float().cpu() - expected).norm() / expected.norm().clamp(min=1e-6))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("border", [None, 71])
+def test_logits_and_gradients_are_those_of_the_cpu(seed: int, border: int | None, tolerance: float) -> None:
+    on_cpu, on_gpu = pair(seed)
+    ids = tokens(seed, length=150)  # over borders of chunks
+    batch = {"input_ids": ids, "labels": ids}
+    if border is not None:
+        batch["position_ids"] = packed_positions(150, border)
+    for width in (None, "ghost"):
+        expected = on_cpu(**batch, width=width)
+        found = on_gpu(**{key: value.cuda() for key, value in batch.items()}, width=width)
+        assert distance(found.logits, expected.logits) < tolerance
+        for model, output in ((on_cpu, expected), (on_gpu, found)):
+            model.zero_grad()
+            output.loss.backward()
+        gradients = {name: parameter.grad for name, parameter in on_gpu.named_parameters()}
+        largest = max(float(p.grad.norm()) for p in on_cpu.parameters() if p.grad is not None)
+        for name, parameter in on_cpu.named_parameters():
+            if parameter.grad is not None and parameter.grad.norm() > 1e-3 * largest:
+                assert distance(gradients[name], parameter.grad) < 3 * tolerance, name
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_cache_gives_the_logits_of_the_whole(seed: int, tolerance: float) -> None:
+    """A prompt, then several tokens at once, then one at a time."""
+    model = hybrid(seed, **SIZES).cuda()
+    ids = tokens(seed, length=90).cuda()
+    whole = model(ids, use_cache=False).logits
+    output, parts, place = model(ids[:, :70], use_cache=True), [], 70
+    parts.append(output.logits)
+    for count in (5, *[1] * 15):
+        output = model(ids[:, place : place + count], past_key_values=output.past_key_values, use_cache=True)
+        parts.append(output.logits)
+        place += count
+    assert distance(torch.cat(parts, dim=1), whole) < tolerance
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_decoding_gives_the_tokens_of_the_cpu(seed: int, tolerance: float) -> None:
+    if tolerance > 1e-3:
+        pytest.skip("near ties may fall either way")
+    on_cpu, on_gpu = pair(seed)
+    ids = tokens(seed, length=11)
+    for options in ({}, {"width": "ghost"}, {"exit_threshold": 0.4}, {"exit_threshold": 0.4, "exit_mode": "verify"}):
+        expected = on_cpu.generate(ids, max_new_tokens=12, do_sample=False, **options)
+        found = on_gpu.generate(ids.cuda(), max_new_tokens=12, do_sample=False, **options)
+        assert torch.equal(found.cpu(), expected), options
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_packed_documents_in_halves_are_each_alone(seed: int, sliding: bool, tolerance: float) -> None:
+    """Torch's FlashAttention for many lengths: a leak would be far above what halves round."""
+    kinds = ["sliding_attention" if sliding else "full_attention", "linear_attention"]
+    changes = {"layer_types": kinds * 2, "num_hidden_layers": 4, "sliding_window": 5 if sliding else None}
+    model = hybrid(seed, **SIZES, **changes).cuda()
+    ids = tokens(seed, length=150).cuda()
+
+    def alone() -> torch.Tensor:
+        return torch.cat([model(part, use_cache=False).logits for part in (ids[:, :71], ids[:, 71:])], dim=1)
+
+    exact = alone()
+    leaky = distance(model(ids, use_cache=False).logits, exact)
+    with torch.autocast("cuda", torch.bfloat16):
+        rounding = distance(alone(), exact)
+        packed = distance(model(ids, position_ids=packed_positions(150, 71).cuda(), use_cache=False).logits, exact)
+    assert packed < 1.5 * rounding and packed < leaky / 3, (packed, rounding, leaky)
+
+
+@pytest.mark.parametrize("rest", [0, 3])  # a slice with strides that are multiples of eight, and not
+def test_convolution_of_a_slice_is_the_plain_one(rest: int, tolerance: float) -> None:
+    if tolerance < 1e-3:
+        pytest.skip("no kernel to compare")
+    torch.manual_seed(0)
+    wide = torch.randn(2, 33, 64 + 8 + rest, device="cuda", requires_grad=True)
+    weight, bias = torch.randn(64, 4, device="cuda"), torch.randn(64, device="cuda")
+    for numbers in (None, number_documents(packed_positions(33, 9).cuda())):
+        results = []
+        for convolve in (convolve_rows, causal_conv):
+            wide.grad = None
+            out = convolve(wide[..., 8:72], weight, bias, numbers)
+            out.square().sum().backward()
+            results.append((out, wide.grad))
+        for found, expected in zip(*results, strict=True):
+            assert distance(found, expected) < 1e-5
+
+
+def test_compiled_layers_train_as_plain_ones(tolerance: float) -> None:
+    ids = tokens(0, length=150).cuda()
+    gradients = []
+    for compiled in (False, True):
+        model = hybrid(0, **SIZES).cuda().train()
+        if compiled:
+            compile_for_training(model)
+        for width in ("ghost", None):
+            model(ids, labels=ids, width=width, use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, found = gradients
+    assert plain.keys() == found.keys() and len(plain) > 20
+    for name, gradient in plain.items():
+        assert distance(found[name], gradient) < max(tolerance, 1e-3), name
