@@ -32,7 +32,7 @@ import torch
 from runs import ROOT, WORK, command, metrics_of, write_results
 
 from adamba.budget.calibrate import flops_per_second
-from adamba.budget.memory import USABLE_FRACTION, memory_gib
+from adamba.budget.memory import memory_gib
 from adamba.budget.phases import Launch, PlannedPhase, read_plan
 from adamba.data import load_mixture, row_texts, train_tokenizer
 from adamba.gpus import rated_flops_per_second
@@ -71,10 +71,10 @@ def with_layers(phase: PlannedPhase, num_layers: int) -> PlannedPhase:
 
 
 def as_fits(phase: PlannedPhase, memory: float) -> PlannedPhase:
-    """With as many layers, in pairs, as `memory` GiB hold by the estimate; never less than one pair."""
+    """With as many layers, in pairs, as 85 % of `memory` GiB hold by the estimate; never less than one pair."""
     for num_layers in range(phase.config.num_hidden_layers, 2, -2):
         shorter = with_layers(phase, num_layers)
-        if sum(memory_gib(shorter).values()) <= memory * USABLE_FRACTION:
+        if sum(memory_gib(shorter).values()) <= 0.85 * memory:
             return shorter
     return with_layers(phase, 2)
 
@@ -129,7 +129,10 @@ def random_start(phase: PlannedPhase, folder: Path) -> None:
 
 
 def real_steps(name: str) -> dict:
-    """Ten steps of a phase of the full plan by its own script and recipe, from random weights, on text at hand."""
+    """
+    Ten steps of a phase of the full plan by its own script and recipe, from random weights, on text at hand; four
+    micro-batches a step.
+    """
     phase = next(phase for phase in read_plan(ROOT / FAMILIES["full plan"]) if phase.name == name)
     start, output = WORK / f"{name}_start", WORK / f"{name}_steps"
     random_start(phase, start)
@@ -137,6 +140,7 @@ def real_steps(name: str) -> dict:
     torch.cuda.empty_cache()
     mix = ",".join(f"{source}={weight}" for source, weight in MIX.items())
     options = {"model_name_or_path": start, "output_dir": output, "mix": mix, "max_steps": 10, "save_strategy": "no"}
+    options |= {"gradient_accumulation_steps": 4, "logging_steps": 1}
     words = [word for key, value in options.items() for word in (f"--{key}", value)]
     command(phase.script, f"recipes/{name}.yaml", *words, before=["python"])
     metrics = metrics_of(output)
@@ -167,14 +171,15 @@ def main() -> None:
         write_results(f"gpu_{options.steps_of}", [real_steps(options.steps_of)], started, **facts)
         return
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    name = "gpu_as_in_recipe" if options.as_in_recipe else "gpu"
     facts |= {"target": TARGET, "quick": options.quick, "rated_flops_per_second": rated}
     for family in options.families:
         for phase in plan(family, options.phases, options.lengths, memory, options.as_in_recipe):
             phase = with_layers(phase, 2) if options.quick else phase
             rows.append({"family": family} | measure(phase, rated, 3 if options.quick else options.steps))
             print(f"{family} {phase.name} {phase.length}: MFU {rows[-1]['mfu']:.1%}", flush=True)
-            write_results(name, rows, started, **facts)
+            own = [row for row in rows if row["family"] == family]
+            name = f"gpu_{family.replace(' ', '_')}" + "_as_in_recipe" * options.as_in_recipe
+            write_results(name, own, started, **facts)
 
 
 if __name__ == "__main__":

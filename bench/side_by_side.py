@@ -92,12 +92,13 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return _resident("VmHWM") - before
 
 
-def peak_cuda_bytes(run: Callable[[], object]) -> int:
-    """The most memory of the GPU that tensors held while `run` ran, above what was there before."""
+def peak_cuda_bytes(make: Callable[[], Callable[[], object]]) -> int:
+    """The most memory of the GPU that tensors hold during a run of what is made, above what was there before."""
     gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
+    run = make()
+    run()  # compiles, and tries kernels on memory of their own
+    torch.cuda.reset_peak_memory_stats()
     run()
     return torch.cuda.max_memory_allocated() - before
 

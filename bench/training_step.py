@@ -1,15 +1,15 @@
 """
 A training step (forward, backward, AdamW) of Adamba, of transformers' hybrids and a Llama; what elasticity costs.
 
-    python bench/training_step.py                            # 256 and 1,024 channels, rows of 256 and 2,048 tokens
-    python bench/training_step.py --quick                    # 128 channels, rows of 256
-    python bench/training_step.py --device cuda --compile    # bf16; without --compile the layers run as they are
+    python bench/training_step.py                  # 256 and 1,024 channels, rows of 256 and 2,048 tokens
+    python bench/training_step.py --quick          # 128 channels, rows of 256
+    python bench/training_step.py --device cuda    # bf16, layers as they are and compiled
 
-`bench/peers.py` says how the models correspond. 2,048 tokens a step (a GPU: 16,384), the sides in turn in one process;
+`bench/peers.py` says how the models correspond. 2,048 tokens a step (a GPU: 65,536), the sides in turn in one process;
 bf16: autocast. Peak memory is that of a process of its own (a GPU: of its tensors), from before the model is built to
 the end of the second step. The twin of `full width` has the same weights in layers that know no width; a narrow step
 stands beside its share of the FLOPs. On a GPU all sides have `mamba_ssm` and `causal_conv1d` where they are installed,
-and `--compile` compiles the layers of all.
+and `compiled` is each side's layers, one by one, by `torch.compile`.
 
 Targets: 1.15 × the tokens a second of the faster hybrid of transformers, in no more memory; full width 1 % over its
 twin at most; a narrow step at most 1.25 × its FLOP share.
@@ -17,6 +17,7 @@ twin at most; a narrow step at most 1.25 × its FLOP share.
 
 import argparse
 import copy
+import itertools
 import json
 import sys
 import time
@@ -41,7 +42,7 @@ from adamba.model.kernels_adamba import loads
 from adamba.model.layers_adamba import AttentionLayer, ElasticLinear, ElasticRMSNorm
 from adamba.training.compiling import compile_for_training
 
-TOKENS = {"cpu": 2048, "cuda": 16_384}
+TOKENS = {"cpu": 2048, "cuda": 65_536}
 NUM_LAYERS = {"cpu": {128: 4, 256: 4, 1024: 2}, "cuda": {128: 4, 256: 8, 1024: 8, 2048: 8}}
 MAMBA: dict[str, dict[str, int]] = {"cpu": {}, "cuda": {"mamba_state_size": 128, "mamba_chunk_size": 256}}
 TARGET = "speedup 1.15 over the faster hybrid, memory_ratio 1; full_over_twin 1.01; time_over_flops 1.25"
@@ -105,18 +106,14 @@ def bench_peers(case: Case, repeats: int, with_memory: bool = True) -> list[dict
     sizes: dict[str, int] = {}
     peaks: dict[str, float] = {}
 
-    def add(kind: str) -> None:
+    def add(kind: str) -> Callable[[], None]:
         model = case.model(kind)
         sizes[kind], steps[kind] = trained(model), case.stepper(model)
-
-    def add_and_train(kind: str) -> None:
-        add(kind)
-        steps[kind]()
-        steps[kind]()
+        return steps[kind]
 
     for kind in KINDS:
         if case.device == "cuda":
-            peaks[kind] = peak_cuda_bytes(partial(add_and_train, kind))
+            peaks[kind] = peak_cuda_bytes(partial(add, kind))
             continue
         add(kind)
         if with_memory:
@@ -226,7 +223,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], help="default: both; on a GPU bf16")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=list(TOKENS))
-    parser.add_argument("--compile", action="store_true", help="torch.compile for the layers of every side")
+    parser.add_argument("--modes", nargs="+", choices=["plain", "compiled"], help="default: plain; on a GPU both")
     parser.add_argument("--only-peers", action="store_true", help="not what elasticity costs")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -237,20 +234,19 @@ def main() -> None:
     if options.quick:
         options.hidden, options.lengths, dtypes, options.repeats = [128], [256], ["fp32"], 3
     started = time.monotonic()
-    name = "training_step" + f"_{options.device}" * (options.device != "cpu") + "_compiled" * options.compile
+    modes = options.modes or {"cpu": ["plain"], "cuda": ["compiled", "plain"]}[options.device]
+    name = "training_step" + f"_{options.device}" * (options.device != "cpu")
     layers = {str(hidden): NUM_LAYERS[options.device][hidden] for hidden in options.hidden}
     facts: dict[str, Any] = {"tokens_per_step": TOKENS[options.device], "layers": layers, "repeats": options.repeats}
     if options.device == "cuda":
         facts |= {package: loads(package) for package in ("mamba_ssm", "causal_conv1d")}
     rows: list[dict] = []
-    for hidden in options.hidden:
-        for length in options.lengths:
-            for dtype in dtypes:
-                case = Case(hidden, length, dtype, options.device, options.compile)
-                rows += bench_peers(case, options.repeats)
-                if not options.only_peers:
-                    rows += bench_elastic(case, options.repeats)
-                write_results(name, rows, started, target=TARGET, quick=options.quick, **facts)
+    for hidden, length, dtype, mode in itertools.product(options.hidden, options.lengths, dtypes, modes):
+        case = Case(hidden, length, dtype, options.device, mode == "compiled")
+        rows += bench_peers(case, options.repeats)
+        if not options.only_peers:
+            rows += bench_elastic(case, options.repeats)
+        write_results(name, rows, started, target=TARGET, quick=options.quick, **facts)
 
 
 if __name__ == "__main__":

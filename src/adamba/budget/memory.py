@@ -137,7 +137,6 @@ def inside_bytes(config, kind: str, width: int, computed: int, stream: int, comp
             kept += computed * (width * (3 if gated else 2) + (units if gated else 0)) + 4 * (query + key_value / 2)
         return kept + stream * (hidden + width)
     inner, states = config.mamba_inner_size, 2 * config.mamba_num_groups * config.mamba_state_size
-    kept = computed * (hidden + 4 * inner + 2 * states + config.mamba_num_heads) + 4 * config.mamba_num_heads
-    if not compiled:
-        kept += (4 * 4 + computed) * inner  # the gated norm, in fp32
+    # What in_proj, the scan and the gated norm make: mamba_ssm's kernel makes the convolution again.
+    kept = computed * (hidden + 4 * inner + states + config.mamba_num_heads)
     return kept + stream * hidden

@@ -17,6 +17,7 @@ from transformers.models.mamba2.modeling_mamba2 import (
     causal_conv1d_update,
     mamba2_chunk_scan,
     mamba2_selective_state_update,
+    mamba2_split_conv1d_scan_combined,
 )
 
 from .configuration_adamba import AdambaConfig
@@ -65,10 +66,27 @@ class Mamba2Mixer(nn.Module):
         active: torch.Tensor | None,
         num_live: int | None = None,
     ) -> torch.Tensor:
-        batch, length, _ = x_BLD.shape
         if padding_mask is not None:
             x_BLD = x_BLD * padding_mask[..., None].to(x_BLD.dtype)
-        gate, conv_in, dt = self.in_proj(x_BLD).split([self.inner_size, self.conv_size, self.num_heads], dim=-1)
+        y = self._mix(self.in_proj(x_BLD), x_BLD.dtype, cache, padding_mask, documents, active, num_live)
+        return self.out_proj(y) if y.numel() else x_BLD[:0]
+
+    def _mix(
+        self,
+        projected: torch.Tensor,
+        dtype: torch.dtype,
+        cache: Cache | None,
+        padding_mask: torch.Tensor | None,
+        documents: torch.Tensor | None,
+        active: torch.Tensor | None,
+        num_live: int | None,
+    ) -> torch.Tensor:
+        """All between both projections: gate, x, B, C and dt (B, L, ...) -> (rows, tokens, I), what is asked for."""
+        whole = cache is None and padding_mask is None and active is None and num_live is None
+        if whole and has_kernels("mamba_ssm", projected) and has_kernels("causal_conv1d", projected):
+            return self._mix_by_kernel(projected, documents)
+        batch, length, _ = projected.shape
+        gate, conv_in, dt = projected.split([self.inner_size, self.conv_size, self.num_heads], dim=-1)
         state = cache.get_recurrent_state(self.layer_idx) if cache is not None else None
         conv_out = self._convolve(conv_in, cache, documents)
         if padding_mask is not None:
@@ -86,14 +104,30 @@ class Mamba2Mixer(nn.Module):
             y, last_state = self._scan(x, dt, b, c, state, documents)
             if cache is not None:
                 cache.update_recurrent_state(last_state, self.layer_idx)
-        y = y.to(x_BLD.dtype).reshape(batch, length, self.inner_size)
+        y = y.to(dtype).reshape(batch, length, self.inner_size)
         if num_live is not None:
             y, gate = y[:, -num_live:], gate[:, -num_live:]
         if active is not None:
             y, gate = y[active], gate[active]
-        if y.numel() == 0:
-            return x_BLD[:0]
-        return self.out_proj(self.norm(y, gate))
+        return self.norm(y, gate) if y.numel() else y
+
+    def _mix_by_kernel(self, projected: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
+        """Convolution, scan and gated norm in one, which keeps little and makes the convolution again in backward."""
+        return mamba2_split_conv1d_scan_combined(
+            projected,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.dt_bias,
+            -self.A_log.exp(),
+            D=self.D,
+            chunk_size=self.chunk_size,
+            seq_idx=documents,
+            rmsnorm_weight=self.norm.weight,
+            rmsnorm_eps=self.norm.variance_epsilon,
+            headdim=self.head_dim,
+            ngroups=self.num_groups,
+            norm_before_gate=False,
+        )
 
     def _convolve(self, conv_in: torch.Tensor, cache: Cache | None, documents: torch.Tensor | None) -> torch.Tensor:
         length = conv_in.shape[1]

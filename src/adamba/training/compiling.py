@@ -23,7 +23,6 @@ from adamba.training.head_losses import reduce_logits
 logger = logging.getLogger("adamba")
 
 SPECIALISED = 64  # times one function may be compiled: widths × rows with and without several documents × dtypes
-OPAQUE = ("_convolve", "_scan")  # of the mixer: kernels of their own, around which the compiler goes
 
 
 def take_over_compilation(args: TrainingArguments) -> None:
@@ -73,8 +72,7 @@ def compile_for_training(model: AdambaForCausalLM, backend: str = "inductor", mo
             classes[type(layer)] = _compiled_class(type(layer), compile_one)
         layer.__class__ = classes[type(layer)]
         if isinstance(layer, MambaLayer):
-            for name in OPAQUE:
-                setattr(layer.mixer, name, torch.compiler.disable(getattr(layer.mixer, name)))
+            layer.mixer._mix = torch.compiler.disable(layer.mixer._mix)  # kernels of its own
 
 
 def _compiled_class(kind: type[nn.Module], compile_one) -> type[nn.Module]:
