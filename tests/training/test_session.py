@@ -3,6 +3,7 @@
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from adamba.errors import UserError
 from adamba.training import session
 from adamba.training.checkpoints import seal
 from adamba.training.lora import LoraArguments, peft_config
-from adamba.training.session import train
+from adamba.training.session import tell_missing_kernels, train
 from models import hybrid
 
 
@@ -99,3 +100,15 @@ def test_a_resumed_run_measures_its_own_steps(make_trainer, tmp_path: Path, monk
     assert again["train_steps"] == 8
     assert again["train_seconds"] == pytest.approx(4.0), "2 seconds for half of the steps"
     assert 0 < again["train_loss"] < first["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("device", "loaded", "told"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
+)
+def test_a_gpu_without_kernels_is_told_in_one_line(device, loaded, told, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("adamba.training.session.loads", lambda package: loaded)
+    args = SimpleNamespace(device=torch.device(device))
+    with caplog.at_level("INFO", logger="adamba"):
+        tell_missing_kernels(SimpleNamespace(args=args, model=hybrid(0)))
+    lines = [record.message for record in caplog.records]
+    assert bool(lines) is told and all(line.startswith("mamba_ssm and causal_conv1d: not installed") for line in lines)

@@ -84,7 +84,9 @@ class Mamba2Mixer(nn.Module):
         """All between both projections: gate, x, B, C and dt (B, L, ...) -> (rows, tokens, I), what is asked for."""
         whole = cache is None and padding_mask is None and active is None and num_live is None
         if whole and has_kernels("mamba_ssm", projected) and has_kernels("causal_conv1d", projected):
-            return self._mix_by_kernel(projected, documents)
+            mixed = self._mix_by_kernel(projected, documents)
+            if mixed is not None:  # what transformers gives where it found no such kernel
+                return mixed
         batch, length, _ = projected.shape
         gate, conv_in, dt = projected.split([self.inner_size, self.conv_size, self.num_heads], dim=-1)
         state = cache.get_recurrent_state(self.layer_idx) if cache is not None else None
@@ -111,7 +113,7 @@ class Mamba2Mixer(nn.Module):
             y, gate = y[active], gate[active]
         return self.norm(y, gate) if y.numel() else y
 
-    def _mix_by_kernel(self, projected: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
+    def _mix_by_kernel(self, projected: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor | None:
         """Convolution, scan and gated norm in one, which keeps little and makes the convolution again in backward."""
         return mamba2_split_conv1d_scan_combined(
             projected,

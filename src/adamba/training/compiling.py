@@ -12,6 +12,7 @@ import inspect
 import logging
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -49,9 +50,10 @@ def compile_layers(model: PreTrainedModel, args: TrainingArguments) -> None:
     Compile the layers of a hybrid in place, or a dense base whole, where the recipe asks for it. Inductor is not asked
     on a CPU, where it needs a C++ compiler and gains nothing.
     """
-    options = args.compile_with
+    options = getattr(args, "compile_with", None)
     if options is None:
         return
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
     if args.device.type == "cpu" and options["backend"] == "inductor":
         logger.info("torch_compile: on a CPU the layers run as they are")
     elif isinstance(model, AdambaForCausalLM):
@@ -72,7 +74,7 @@ def compile_for_training(model: AdambaForCausalLM, backend: str = "inductor", mo
             classes[type(layer)] = _compiled_class(type(layer), compile_one)
         layer.__class__ = classes[type(layer)]
         if isinstance(layer, MambaLayer):
-            layer.mixer._mix = torch.compiler.disable(layer.mixer._mix)  # kernels of its own
+            setattr(layer.mixer, "_mix", torch.compiler.disable(layer.mixer._mix))  # noqa: B010  kernels of its own
 
 
 def _compiled_class(kind: type[nn.Module], compile_one) -> type[nn.Module]:

@@ -11,7 +11,6 @@ LayerSkip (Elhoushi et al., 2024) for exits through the shared head.
 """
 
 import random
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -126,17 +125,20 @@ def draw(config: AdambaConfig, args: ElasticArguments, seed: int, step: int, mic
 
 
 class Tally:
-    """Sums and counts of what is logged, by key, until the next log."""
+    """Sums and counts of what is logged, by key, until the next log; they stay where they are, so nobody waits."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+        self.sums: dict[str, torch.Tensor] = {}
 
     def add(self, key: str, values: torch.Tensor, count: torch.Tensor | float) -> None:
-        entry = torch.stack((values.detach().double().sum().cpu(), torch.as_tensor(count, dtype=torch.float64).cpu()))
-        self.sums[key] = self.sums[key] + entry
+        values = values.detach().cpu() if values.device.type == "mps" else values.detach()  # MPS has no fp64
+        count = torch.as_tensor(count, dtype=torch.float64, device=values.device)
+        entry = torch.stack((values.double().sum(), count))
+        self.sums[key] = self.sums[key] + entry if key in self.sums else entry
 
     def means(self) -> dict[str, float]:
-        means = {key: (total / count).item() for key, (total, count) in self.sums.items() if count > 0}
+        sums = {key: entry.tolist() for key, entry in self.sums.items()}
+        means = {key: total / count for key, (total, count) in sums.items() if count > 0}
         self.sums.clear()
         return means
 

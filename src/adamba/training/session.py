@@ -21,6 +21,8 @@ from adamba.fingerprint import run_fingerprint
 from adamba.flops import elastic_flops_per_token, training_flops_per_token
 from adamba.gpus import rated_flops_per_second
 from adamba.hub import hub_target, push_run
+from adamba.model import AdambaForCausalLM
+from adamba.model.kernels_adamba import loads
 from adamba.publish import publish, trainer_dir
 from adamba.recipe import Recipe
 from adamba.secrets_kept import RedactingFilter
@@ -132,6 +134,17 @@ class StopWhenBroken(TrainerCallback):
                 )
 
 
+def tell_missing_kernels(trainer: Trainer) -> None:
+    """On a GPU, one line when Mamba layers must do without their kernels; a step was seen to take 1.8 × as long."""
+    missing = [package for package in ("mamba_ssm", "causal_conv1d") if not loads(package)]
+    if missing and trainer.args.device.type == "cuda" and isinstance(trainer.model, AdambaForCausalLM):
+        logger.info(
+            "%s: not installed, or built for another torch; Mamba layers run in plain torch, which takes longer "
+            '(pip install -c constraints.txt -e ".[gpu]" --no-build-isolation)',
+            " and ".join(missing),
+        )
+
+
 def train(trainer: Trainer) -> dict[str, float]:
     """
     Train, from the last complete checkpoint of this very run if there is one. Returns what was measured; after a
@@ -144,6 +157,7 @@ def train(trainer: Trainer) -> dict[str, float]:
     """
     save_whole(trainer)
     seal_what_is_saved(trainer)
+    tell_missing_kernels(trainer)
     compile_layers(trainer.model, trainer.args)
     resume = checkpoint_to_resume(trainer)
     resumed_step = 0

@@ -1,0 +1,77 @@
+"""Rows of several documents: where they begin, and attention inside each, with a plain stand-in for torch's kernel."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from adamba.model import documents_adamba
+from adamba.model.documents_adamba import document_starts, number_documents
+from models import hybrid, tokens
+
+
+def positions(*borders: int, length: int) -> torch.Tensor:
+    edges = (0, *borders, length)
+    return torch.cat([torch.arange(end - start) for start, end in zip(edges, edges[1:], strict=False)])
+
+
+def test_documents_are_numbered_and_begin_where_positions_start_anew() -> None:
+    rows = torch.stack((positions(3, 4, length=9), positions(length=9)))
+    numbers = number_documents(rows)
+    assert numbers is not None
+    assert numbers.tolist() == [[0, 0, 0, 1, 2, 2, 2, 2, 2], [0] * 9]
+    starts = document_starts(numbers)
+    assert starts.dtype == torch.int32 and starts[:5].tolist() == [0, 3, 4, 9, 18] and set(starts[5:].tolist()) == {18}
+    assert number_documents(rows[1:]) is None and number_documents(None) is None
+
+
+@pytest.mark.parametrize("num_documents", [1, 63, 64, 65])
+def test_starts_end_with_the_number_of_tokens_and_are_as_many_for_similar_batches(num_documents: int) -> None:
+    numbers = torch.arange(num_documents)[None].repeat_interleave(2, dim=1)
+    starts = document_starts(numbers)
+    assert len(starts) % 64 == 0 and len(starts) > num_documents
+    assert starts[:num_documents].tolist() == list(range(0, 2 * num_documents, 2))
+    assert set(starts[num_documents:].tolist()) == {2 * num_documents}
+
+
+def plain_varlen(query, key, value, starts_q, starts_k, max_q, max_k, *, scale, window_size):
+    """Softmax attention of (T, H, P) document by document; causal, with the window to the left."""
+    assert torch.equal(starts_q, starts_k) and query.dtype == key.dtype == value.dtype and window_size[1] == 0
+    assert query.shape == key.shape == value.shape
+    out = torch.zeros_like(query)
+    for start, end in zip(starts_q.tolist(), starts_q.tolist()[1:], strict=False):
+        assert end - start <= max_q == max_k
+        place = torch.arange(end - start)
+        seen = place[:, None] - place[None]
+        visible = (seen >= 0) & ((seen <= window_size[0]) if window_size[0] >= 0 else True)
+        q, k, v = (part[start:end].transpose(0, 1) for part in (query, key, value))
+        out[start:end] = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale).transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("seed", range(6))  # GQA and MHA, sliding or not, norms of q and k, with and without RoPE
+def test_attention_by_documents_is_that_of_the_mask(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = hybrid(seed), tokens(seed)
+    rows = torch.stack((positions(5, 6, length=19), positions(12, length=19)))
+
+    def run() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        logits = model(ids, position_ids=rows, use_cache=False, width="normal").logits
+        logits.square().mean().backward()
+        return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    masked, masked_gradients = run()
+    called = []
+    monkeypatch.setattr(
+        documents_adamba, "varlen_attn", lambda *args, **kw: called.append(1) or plain_varlen(*args, **kw)
+    )
+    monkeypatch.setattr("adamba.model.modeling_adamba.can_attend_in_documents", lambda *args: True)
+    found, gradients = run()
+    assert called
+    torch.testing.assert_close(found, masked, rtol=1e-5, atol=1e-5)
+    for name, gradient in masked_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_cpu_and_full_precision_keep_the_mask() -> None:
+    hidden = torch.zeros(1, 2, 8, dtype=torch.bfloat16)
+    assert not documents_adamba.can_attend_in_documents(hidden, "sdpa", 8, 0.0)
