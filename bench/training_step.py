@@ -3,7 +3,7 @@ A training step (forward, backward, AdamW) of Adamba, of transformers' hybrids a
 
     python bench/training_step.py                  # 256 and 1,024 channels, rows of 256 and 2,048 tokens
     python bench/training_step.py --quick          # 128 channels, rows of 256
-    python bench/training_step.py --device cuda    # bf16, layers as they are and compiled
+    python bench/training_step.py --device cuda    # the default with a GPU: bf16, layers compiled and as they are
 
 `bench/peers.py` says how the models correspond. 2,048 tokens a step (a GPU: 65,536), the sides in turn in one process;
 bf16: autocast. Peak memory is that of a process of its own (a GPU: of its tensors), from before the model is built to
@@ -43,7 +43,7 @@ from adamba.model.layers_adamba import AttentionLayer, ElasticLinear, ElasticRMS
 from adamba.training.compiling import compile_for_training
 
 TOKENS = {"cpu": 2048, "cuda": 65_536}
-NUM_LAYERS = {"cpu": {128: 4, 256: 4, 1024: 2}, "cuda": {128: 4, 256: 8, 1024: 8, 2048: 8}}
+NUM_LAYERS = {"cpu": {128: 4, 256: 4, 1024: 2, 2048: 2}, "cuda": {128: 4, 256: 8, 1024: 8, 2048: 8}}
 MAMBA: dict[str, dict[str, int]] = {"cpu": {}, "cuda": {"mamba_state_size": 128, "mamba_chunk_size": 256}}
 TARGET = "speedup 1.15 over the faster hybrid, memory_ratio 1; full_over_twin 1.01; time_over_flops 1.25"
 
@@ -232,7 +232,8 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 2048])
     parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], help="default: both; on a GPU bf16")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu", choices=list(TOKENS))
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=here, choices=list(TOKENS), help=f"here: {here}")
     parser.add_argument("--modes", nargs="+", choices=["plain", "compiled"], help="default: plain; on a GPU both")
     parser.add_argument("--only-peers", action="store_true", help="not what elasticity costs")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
