@@ -43,6 +43,7 @@ PHASES = ("phase1", "phase2", "phase5")
 FAMILIES = {"smollm2": "recipes/smollm2", "full plan": "recipes"}
 TOKENS = 16_384  # of a micro-batch
 MIX = {"pydoc_topics": 1.0, "calculator": 0.2, "tic_tac_toe": 0.1}  # text that is on every machine
+FILLED = 0.85  # of the memory, by the estimate, which may be a tenth off
 TARGET = "mfu 0.40; memory_over_estimate 0.9 to 1.1"
 
 
@@ -71,10 +72,10 @@ def with_layers(phase: PlannedPhase, num_layers: int) -> PlannedPhase:
 
 
 def as_fits(phase: PlannedPhase, memory: float) -> PlannedPhase:
-    """With as many layers, in pairs, as 85 % of `memory` GiB hold by the estimate; never less than one pair."""
+    """With as many layers, in pairs, as `FILLED` of `memory` GiB holds by the estimate; never less than one pair."""
     for num_layers in range(phase.config.num_hidden_layers, 2, -2):
         shorter = with_layers(phase, num_layers)
-        if sum(memory_gib(shorter).values()) <= 0.85 * memory:
+        if sum(memory_gib(shorter).values()) <= FILLED * memory:
             return shorter
     return with_layers(phase, 2)
 

@@ -49,9 +49,10 @@ def plain_varlen(query, key, value, starts_q, starts_k, max_q, max_k, *, scale, 
 
 
 @pytest.mark.parametrize("seed", range(6))  # GQA and MHA, sliding or not, norms of q and k, with and without RoPE
-def test_attention_by_documents_is_that_of_the_mask(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shared", [False, True])  # one row of positions for all
+def test_attention_by_documents_is_that_of_the_mask(seed: int, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = hybrid(seed), tokens(seed)
-    rows = torch.stack((positions(5, 6, length=19), positions(12, length=19)))
+    rows = torch.stack((positions(5, 6, length=19), positions(12, length=19)))[: 1 if shared else 2]
 
     def run() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         model.zero_grad()

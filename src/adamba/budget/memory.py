@@ -1,8 +1,8 @@
 """Memory of a training run on one GPU: an estimate from sizes, to see beforehand what cannot fit.
 
 Weights, gradients and optimizer state follow from how they are stored; the bytes of logits were measured on a CPU
-(`bench/logits_memory.py`), where SFT and pretraining of a hybrid hold a chunk of them at a time; activations are
-counted for a layer at a time, as activation checkpointing keeps them.
+(`bench/logits_memory.py`), where SFT and pretraining of a hybrid hold a chunk of them at a time; activations are what
+each layer's operations save, with `mamba_ssm`'s kernels. One phase was compared with a GPU (`bench/README.md`).
 """
 
 from adamba.model.configuration_adamba import ATTENTION_LAYERS, AdambaConfig

@@ -152,7 +152,7 @@ class AdambaModel(AdambaPreTrainedModel):
             position_ids = torch.arange(seen, seen + length, device=hidden.device)[None]
         documents = starts = None
         if past_key_values is None and attention_mask is None:
-            documents = number_documents(position_ids)
+            documents = number_documents(position_ids.expand(batch, -1))
         if documents is not None and self._can_attend_in_documents(hidden):
             starts, masks = document_starts(documents), dict.fromkeys(self.config.layer_types)
         else:
