@@ -72,6 +72,18 @@ def test_logits_and_gradients_are_those_of_the_cpu(seed: int, border: int | None
 
 
 @pytest.mark.parametrize("seed", range(3))
+def test_padding_on_either_side_is_not_seen(seed: int, tolerance: float) -> None:
+    model = hybrid(seed, **SIZES).cuda()
+    ids = tokens(seed, length=150).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :71], mask[1, 140:] = 0, 0
+    padded = model(ids, attention_mask=mask, use_cache=False).logits
+    for row, real in ((0, slice(71, 150)), (1, slice(0, 140))):
+        alone = model(ids[row : row + 1, real], use_cache=False).logits[0]
+        assert distance(padded[row, real], alone) < tolerance
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_a_cache_gives_the_logits_of_the_whole(seed: int, tolerance: float) -> None:
     """A prompt, then several tokens at once, then one at a time."""
     model = hybrid(seed, **SIZES).cuda()

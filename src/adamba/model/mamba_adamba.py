@@ -82,8 +82,10 @@ class Mamba2Mixer(nn.Module):
         num_live: int | None,
     ) -> torch.Tensor:
         """All between both projections: gate, x, B, C and dt (B, L, ...) -> (rows, tokens, I), what is asked for."""
-        whole = cache is None and padding_mask is None and active is None and num_live is None
+        whole = cache is None and active is None and num_live is None
         if whole and has_kernels("mamba_ssm", projected) and has_kernels("causal_conv1d", projected):
+            if padding_mask is not None:  # what no token sees is a document of its own
+                documents = padding_mask.to(torch.int32)
             mixed = self._mix_by_kernel(projected, documents)
             if mixed is not None:  # what transformers gives where it found no such kernel
                 return mixed
