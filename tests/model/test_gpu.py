@@ -77,7 +77,7 @@ def test_padding_on_either_side_is_not_seen(seed: int, tolerance: float) -> None
     ids = tokens(seed, length=150).cuda()
     mask = torch.ones_like(ids)
     mask[0, :71], mask[1, 140:] = 0, 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # as `generate` counts; a norm after RoPE has a gain for each place
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # as `generate` counts them; a gain after RoPE makes places count
     padded = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     for row, real in ((0, slice(71, 150)), (1, slice(0, 140))):
         alone = model(ids[row : row + 1, real], use_cache=False).logits[0]
