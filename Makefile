@@ -180,6 +180,14 @@ bench: $(STAMP)  ## every measurement of bench/, one after another
 	  echo "$(OFFLINE) $(PY) $$bench $(ARGS)"; $(OFFLINE) $(PY) $$bench $(ARGS) || status=$$?; \
 	done; exit $$status
 
+.PHONY: bench-gpu
+bench-gpu: $(STAMP)  ## what needs a GPU: its tests, training steps beside peers, MFU and memory, ten steps of phase 3b
+	@status=0; \
+	for words in "-m pytest -q tests/model/test_gpu.py" "bench/training_step.py --device cuda" "bench/gpu.py" \
+	  "bench/gpu.py --steps-of phase3b"; do \
+	  echo "$(OFFLINE) $(PY) $$words"; $(OFFLINE) $(PY) $$words || status=$$?; \
+	done; exit $$status
+
 .PHONY: bench-quick
 bench-quick: $(STAMP)  ## are the ratios to peers what they were? Under 3 minutes; fails beyond the noise
 	$(OFFLINE) $(PY) bench/quick.py $(ARGS)

@@ -241,6 +241,9 @@ def main() -> None:
     if options.child:
         child(**options.child)
         return
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("bench/training_step.py: no CUDA device here, nothing measured")
+        return
     dtypes = options.dtypes or {"cpu": ["fp32", "bf16"], "cuda": ["bf16"]}[options.device]
     if options.quick:
         options.hidden, options.lengths, dtypes, options.repeats = [128], [256], ["fp32"], 3
