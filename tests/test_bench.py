@@ -84,6 +84,7 @@ def test_mfu_is_model_flops_over_the_rated_speed(bench, monkeypatch):
     monkeypatch.setattr(gpu, "flops_per_second", lambda phase, num_steps: 4e14)
     row = gpu.measure(gpu.on_one_gpu(phase, 128, tokens=512), rated=1e15, num_steps=2)
     assert row["mfu"] == pytest.approx(0.4) and row["rows"] == 4
+    assert 0.2 < row["mfu_by_document"] < 0.4  # scores inside a quarter of the row
     assert row["tokens_per_second"] * gpu.on_one_gpu(phase, 128).flops_per_token == pytest.approx(4e14)
     monkeypatch.undo()
 

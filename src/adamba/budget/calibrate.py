@@ -27,6 +27,7 @@ from .phases import ELASTIC_KEYS, PlannedPhase
 WHOLE = 1e9  # a model above this many parameters is measured on its first layers
 NUM_LAYERS = 4
 NUM_STEPS = 3
+NUM_DOCUMENTS = 4  # of a row
 NUM_DRAWS = 1000  # of widths, to know how often each is drawn
 MATMUL_SIZE = 1024
 
@@ -69,7 +70,7 @@ def matmul_flops_per_second() -> float:
 def flops_per_second(phase: PlannedPhase, num_steps: int = NUM_STEPS) -> float:
     """
     Model FLOPs a second of the phase's micro-batches, with the optimizer step that several of them share. Rows hold
-    four documents each, as packed rows do; each kind of micro-batch counts as often as it is drawn.
+    `NUM_DOCUMENTS` each, as packed rows do, and count as one; each kind of micro-batch counts as often as it is drawn.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = _model(phase.config, phase.values.get("dtype", "float32"), device).train()
@@ -119,7 +120,7 @@ def _micro_batch(phase: PlannedPhase, model: PreTrainedModel, device: str) -> Ca
     """Forward and backward of the micro-batch at a place of the run's draws."""
     rows, length = _num_rows(phase), phase.length
     input_ids = torch.randint(0, phase.config.vocab_size, (rows, length), device=device)
-    document = max(1, -(-length // 4))
+    document = max(1, -(-length // NUM_DOCUMENTS))
     batch = {"input_ids": input_ids, "position_ids": (torch.arange(length, device=device) % document).expand(rows, -1)}
     mixed = phase.values.get("bf16") and device == "cuda"
     elastic = _elastic(phase)
