@@ -26,7 +26,7 @@ SIZES |= {"mamba_state_size": 64, "mamba_head_dim": 64, "mamba_chunk_size": 64}
 def tolerance(request, monkeypatch: pytest.MonkeyPatch) -> float:
     """Relative to the size of what is compared."""
     if request.param == "plain":
-        for module in ("convolution_adamba", "mamba_adamba"):
+        for module in ("convolution_adamba", "mamba_adamba"):  # each has the name for itself
             monkeypatch.setattr(f"adamba.model.{module}.has_kernels", lambda package, tensor: False)
         return 1e-4
     missing = [package for package in ("mamba_ssm", "causal_conv1d") if not kernels_adamba.loads(package)]
@@ -163,3 +163,11 @@ def test_compiled_layers_train_as_plain_ones(tolerance: float) -> None:
     assert plain.keys() == found.keys() and len(plain) > 20
     for name, gradient in plain.items():
         assert distance(found[name], gradient) < max(tolerance, 1e-3), name
+
+
+@pytest.mark.parametrize("changes", [{"mamba_num_groups": 1, "mamba_state_size": 18}, {"mamba_conv_kernel": 6}])
+def test_sizes_that_no_kernel_takes_run_in_plain_torch(changes: dict, tolerance: float) -> None:
+    """Channels of the convolution that are no multiple of eight, and more taps than the kernel has."""
+    on_cpu, ids = hybrid(0, **SIZES | changes), tokens(0, length=40)
+    expected = on_cpu(ids, use_cache=False).logits
+    assert distance(on_cpu.cuda()(ids.cuda(), use_cache=False).logits, expected) < tolerance

@@ -15,11 +15,17 @@ from .kernels_adamba import has_kernels
 from .scan_adamba import blocks
 
 
+def kernel_takes(tensor: torch.Tensor, weight_XK: torch.Tensor) -> bool:
+    """Whether `causal_conv1d` can convolve on this tensor's device with this weight."""
+    channels, taps = weight_XK.shape
+    return has_kernels("causal_conv1d", tensor) and channels % 8 == 0 and 2 <= taps <= 4
+
+
 def convolve_rows(
     x_BLX: torch.Tensor, weight_XK: torch.Tensor, bias_X: torch.Tensor, document_BL: torch.Tensor | None = None
 ) -> torch.Tensor:
     """What `causal_conv` computes, by the kernel where there is one for this tensor."""
-    if not (has_kernels("causal_conv1d", x_BLX) and x_BLX.shape[-1] % 8 == 0 and 2 <= weight_XK.shape[1] <= 4):
+    if not kernel_takes(x_BLX, weight_XK):
         return causal_conv(x_BLX, weight_XK, bias_X, document_BL)
     if any(stride % 8 for stride in x_BLX.stride()[:2]):  # a slice of in_proj's output; the kernel reads vectors
         x_BLX = x_BLX.contiguous()

@@ -21,7 +21,7 @@ from transformers.models.mamba2.modeling_mamba2 import (
 )
 
 from .configuration_adamba import AdambaConfig
-from .convolution_adamba import convolve_rows, short_conv
+from .convolution_adamba import convolve_rows, kernel_takes, short_conv
 from .kernels_adamba import has_kernels
 from .layers_adamba import ElasticRMSNorm
 from .norm_adamba import GatedRMSNorm
@@ -83,7 +83,7 @@ class Mamba2Mixer(nn.Module):
     ) -> torch.Tensor:
         """All between both projections: gate, x, B, C and dt (B, L, ...) -> (rows, tokens, I), what is asked for."""
         whole = cache is None and active is None and num_live is None
-        if whole and has_kernels("mamba_ssm", projected) and has_kernels("causal_conv1d", projected):
+        if whole and has_kernels("mamba_ssm", projected) and kernel_takes(projected, self.conv1d.weight.squeeze(1)):
             if padding_mask is not None:  # what no token sees is a document of its own
                 documents = padding_mask.to(torch.int32)
             mixed = self._mix_by_kernel(projected, documents)
