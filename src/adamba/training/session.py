@@ -139,8 +139,8 @@ def tell_missing_kernels(trainer: Trainer) -> None:
     missing = [package for package in ("mamba_ssm", "causal_conv1d") if not loads(package)]
     if missing and trainer.args.device.type == "cuda" and isinstance(trainer.model, AdambaForCausalLM):
         logger.info(
-            "%s: not installed, or built for another torch; Mamba layers run in plain torch, which takes longer "
-            '(pip install -c constraints.txt -e ".[gpu]" --no-build-isolation)',
+            "%s: not installed, too old or built for another torch; Mamba layers run in plain torch, "
+            'which takes longer (pip install -c constraints.txt -e ".[gpu]" --no-build-isolation)',
             " and ".join(missing),
         )
 
