@@ -97,9 +97,7 @@ def measure(phase: PlannedPhase, rated: float, num_steps: int) -> dict:
         "length": phase.length,
         "rows": phase.values["per_device_train_batch_size"],
         "compiled": bool(phase.values.get("torch_compile")),
-        "checkpointing": bool(
-            phase.values.get("activation_checkpointing") or phase.values.get("gradient_checkpointing")
-        ),
+        "checkpointing": phase.checkpoints_activations,
         "estimate_gib": sum(estimate.values()),
         "estimate_parts": {name: round(value, 2) for name, value in estimate.items()},
     }

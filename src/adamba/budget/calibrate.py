@@ -76,7 +76,7 @@ def flops_per_second(phase: PlannedPhase, num_steps: int = NUM_STEPS) -> float:
     model = _model(phase.config, phase.values.get("dtype", "float32"), device).train()
     freeze_all_but(model, str(phase.values.get("train_only", "all")))
     freeze_idle(model, _elastic(phase))
-    if phase.values.get("activation_checkpointing") or phase.values.get("gradient_checkpointing"):
+    if phase.checkpoints_activations:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if phase.values.get("torch_compile") and device == "cuda" and isinstance(model, AdambaForCausalLM):

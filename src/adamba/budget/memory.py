@@ -93,7 +93,7 @@ def activation_bytes(phase: PlannedPhase, tokens: int, computed: int, stream: in
         inside = [
             inside_bytes(config, kind, width, computed, stream, compiled) * tokens for kind in layer_kinds(config)
         ]
-        if phase.values.get("activation_checkpointing") or phase.values.get("gradient_checkpointing"):
+        if phase.checkpoints_activations:
             total += stream * config.hidden_size * tokens * len(inside)
             total += max(inside) if width == config.hidden_size else 0.0
         else:

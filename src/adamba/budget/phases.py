@@ -63,6 +63,11 @@ class PlannedPhase:
         return self.script == "run_surgery.py"
 
     @property
+    def checkpoints_activations(self) -> bool:
+        """By the key's present name, or the one it had."""
+        return bool(self.values.get("activation_checkpointing") or self.values.get("gradient_checkpointing"))
+
+    @property
     def stated_hours(self) -> float:
         """The time that the recipe's second line gives; what a surgery is priced by."""
         second = self.recipe.read_text(encoding="utf-8").splitlines()[1]

@@ -136,8 +136,10 @@ class StopWhenBroken(TrainerCallback):
 
 def tell_missing_kernels(trainer: Trainer) -> None:
     """On a GPU, one line when Mamba layers must do without their kernels; a step was seen to take 1.8 × as long."""
+    if trainer.args.device.type != "cuda" or not isinstance(trainer.model, AdambaForCausalLM):
+        return
     missing = [package for package in ("mamba_ssm", "causal_conv1d") if not loads(package)]
-    if missing and trainer.args.device.type == "cuda" and isinstance(trainer.model, AdambaForCausalLM):
+    if missing:
         logger.info(
             "%s: not installed, too old or built for another torch; Mamba layers run in plain torch, "
             'which takes longer (pip install -c constraints.txt -e ".[gpu]" --no-build-isolation)',
