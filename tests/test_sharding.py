@@ -64,6 +64,19 @@ def test_sharded_training_is_training(one: Path, config: str, tmp_path: Path, mo
     assert not (tmp_path / "compiled").exists(), "a test needs no compiler"
 
 
+@pytest.mark.parametrize("config", ["ddp_cpu", "zero2", "fsdp2"])
+def test_compiled_layers_are_shared_out_too(one: Path, config: str, tmp_path: Path, monkeypatch) -> None:
+    if config.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is for Linux")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
+    out = tmp_path / "out"
+    options = "--torch_compile true --torch_compile_backend aot_eager --activation_checkpointing true".split()
+    output = launch(2, tmp_path, one / "recipe.yaml", "--output_dir", out, *options, config=config)
+    assert "torch_compile: each layer is compiled when it first runs" in output
+    assert largest_difference(one / "one", out) <= 1e-5
+    assert_plain(out, one / "one")
+
+
 def assert_plain(sharded: Path, plain: Path) -> None:
     """The published folders hold the same files, and weights that differ by rounding only."""
     assert {path.name for path in sharded.iterdir()} == {path.name for path in plain.iterdir()}

@@ -7,6 +7,7 @@ import torch
 
 from adamba.errors import UserError
 from adamba.model import AdambaForCausalLM
+from adamba.training import compiling
 from adamba.training.compiling import compile_for_training, compile_layers, take_over_compilation
 from adamba.training.elastic import Draw, ElasticArguments, Tally, elastic_loss
 from adamba.training.pretraining import PretrainConfig
@@ -101,8 +102,19 @@ def test_rows_of_changing_length_are_refused(tmp_path: Path) -> None:
     take_over_compilation(MixSFTConfig(**options, packing=True, max_steps=1))
 
 
-def test_a_cpu_runs_the_layers_as_they_are_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    args = PretrainConfig(output_dir=str(tmp_path), torch_compile=True, use_cpu=True, bf16=False, max_steps=1)
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("inductor", "torch_compile: on a CPU the layers run as they are"),
+        ("aot_eager", "torch_compile: under ZeRO-3 the layers run as they are"),
+    ],
+)
+def test_where_layers_run_as_they_are_a_line_says_so(
+    backend: str, message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "is_deepspeed_zero3_enabled", lambda: backend == "aot_eager")
+    compilation = {"torch_compile": True, "torch_compile_backend": backend}
+    args = PretrainConfig(output_dir=str(tmp_path), **compilation, use_cpu=True, bf16=False, max_steps=1)
     take_over_compilation(args)
     assert not args.torch_compile and args.torch_compile_backend is None  # else the Trainer would compile the whole
     model = hybrid(0, **SHAPES)
@@ -110,4 +122,4 @@ def test_a_cpu_runs_the_layers_as_they_are_and_says_so(tmp_path: Path, caplog: p
     with caplog.at_level("INFO", logger="adamba"):
         compile_layers(model, args)
     assert [type(layer) for layer in model.model.layers] == classes
-    assert "torch_compile: on a CPU the layers run as they are" in caplog.text
+    assert message in caplog.text

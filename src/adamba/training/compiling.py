@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from adamba.errors import UserError
 from adamba.model import AdambaForCausalLM
@@ -48,7 +49,8 @@ def take_over_compilation(args: TrainingArguments) -> None:
 def compile_layers(model: PreTrainedModel, args: TrainingArguments) -> None:
     """
     Compile the layers of a hybrid in place, or a dense base whole, where the recipe asks for it. Inductor is not asked
-    on a CPU, where it needs a C++ compiler and gains nothing.
+    on a CPU, where it needs a C++ compiler and gains nothing; and nothing is compiled under ZeRO-3, whose hooks inside
+    a layer are other code each time (two tiny processes took 20 times as long).
     """
     options = getattr(args, "compile_with", None)
     if options is None:
@@ -56,6 +58,8 @@ def compile_layers(model: PreTrainedModel, args: TrainingArguments) -> None:
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     if args.device.type == "cpu" and options["backend"] == "inductor":
         logger.info("torch_compile: on a CPU the layers run as they are")
+    elif is_deepspeed_zero3_enabled():
+        logger.warning("torch_compile: under ZeRO-3 the layers run as they are; ZeRO-2 and FSDP2 run them compiled")
     elif isinstance(model, AdambaForCausalLM):
         compile_for_training(model, **options)
         logger.info("torch_compile: each layer is compiled when it first runs at a width, with %s", options["backend"])
