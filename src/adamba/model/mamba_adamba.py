@@ -57,6 +57,11 @@ class Mamba2Mixer(nn.Module):
         )
         self.out_proj = nn.Linear(self.inner_size, config.hidden_size, bias=False)
 
+    @property
+    def decay_rates(self) -> torch.Tensor:
+        """A of each head, below zero; of a model in halves in fp32, as its kernels expect."""
+        return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
+
     def forward(
         self,
         x_BLD: torch.Tensor,
@@ -99,7 +104,7 @@ class Mamba2Mixer(nn.Module):
         x, b, c = self._split(conv_out)
         history = state_history(cache, self.layer_idx)
         if history is not None and state is not None:
-            y, states = scan_states(x, softplus(dt + self.dt_bias), -self.A_log.exp(), b, c, self.D, state)
+            y, states = scan_states(x, softplus(dt + self.dt_bias), self.decay_rates, b, c, self.D, state)
             history.extend(states)
             cache.layers[self.layer_idx].recurrent_states[0] = states[-1]
         elif length == 1 and state is not None:
@@ -122,7 +127,7 @@ class Mamba2Mixer(nn.Module):
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
             self.dt_bias,
-            -self.A_log.exp(),
+            self.decay_rates,
             D=self.D,
             chunk_size=self.chunk_size,
             seq_idx=documents,
@@ -169,7 +174,7 @@ class Mamba2Mixer(nn.Module):
     def _step(self, x_BLHP, dt_BLH, b_BLGN, c_BLGN, state_BHPN: torch.Tensor) -> torch.Tensor:
         """One token; the state is updated in place. Returns y (B, H, P)."""
         x, dt, b, c = (part.squeeze(1) for part in (x_BLHP, dt_BLH, b_BLGN, c_BLGN))
-        a_H = -self.A_log.exp()
+        a_H = self.decay_rates
         if has_kernels("mamba_ssm", x):
             shape = (self.num_heads, self.head_dim)
             return mamba2_selective_state_update(
@@ -187,7 +192,7 @@ class Mamba2Mixer(nn.Module):
 
     def _scan(self, x_BLHP, dt_BLH, b_BLGN, c_BLGN, state, documents) -> tuple[torch.Tensor, torch.Tensor]:
         """Many tokens. Returns y (B, L, H, P) and the last state (B, H, P, N)."""
-        a_H = -self.A_log.exp()
+        a_H = self.decay_rates
         if has_kernels("mamba_ssm", x_BLHP):
             return mamba2_chunk_scan(
                 x_BLHP,
