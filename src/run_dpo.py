@@ -69,7 +69,7 @@ def main() -> None:
         ModelArguments, DataArguments, LoraArguments, PreferenceConfig
     )
     inputs = {"model": model_args.model_name_or_path} if model_args.model_name_or_path else {}
-    inputs |= {name: path for name, path in data_args.data_files.items() if name in data_args.mix}
+    inputs |= data_args.files_read()
     output_dir = start(args, recipe, inputs)
     logger.info("mix: %s", log_mix(data_args.mix))
 

@@ -38,6 +38,7 @@ def main() -> None:
     model_args, data_args, lora_args, args, recipe = parse(ModelArguments, DataArguments, LoraArguments, AgentConfig)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     inputs = {"model": model_args.model_name_or_path} if model_args.model_name_or_path else {}
+    inputs |= data_args.files_read()
     output_dir = start(args, recipe, inputs)
     logger.info("mix: %s", log_mix(data_args.mix))
 

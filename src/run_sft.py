@@ -32,7 +32,7 @@ def main() -> None:
         ModelArguments, DataArguments, ElasticArguments, RouterArguments, LoraArguments, MixSFTConfig
     )
     inputs = {"model": model_args.model_name_or_path} if model_args.model_name_or_path else {}
-    inputs |= data_args.data_files
+    inputs |= data_args.files_read()
     output_dir = start(args, recipe, inputs)
     logger.info("mix: %s", log_mix(data_args.mix))
 

@@ -25,7 +25,11 @@ SIZES = {
     [
         ({"layer_types": ["full_attention"] * 3}, r"layer_types: \['full_attention'.*num_hidden_layers = 4"),
         ({"layer_types": ["full_attention"] * 3 + ["conv"]}, "layer_types: 'conv' is unknown; use one of full_att"),
-        ({"layer_types": ["sliding_attention"] * 4}, "sliding_window: None must be a number of tokens"),
+        ({"layer_types": ["sliding_attention"] * 4}, "sliding_window: None must be 2 tokens or more"),
+        (
+            {"layer_types": ["sliding_attention"] * 4, "sliding_window": 1},
+            "sliding_window: 1 must be 2 tokens or more",
+        ),
         ({"num_key_value_heads": 3}, "num_key_value_heads: 3 must divide num_attention_heads = 8"),
         ({"hidden_size": 66}, "hidden_size: 66 must be a multiple of num_key_value_heads = 4"),
         ({"mamba_head_dim": 7}, "mamba_head_dim: 7 must divide the 128 / 4 channels"),
@@ -142,3 +146,10 @@ def test_json_keeps_every_field(seed: int, tmp_path: Path) -> None:
     again = AdambaConfig.from_pretrained(tmp_path)
     differing = {key for key, value in config.to_dict().items() if again.to_dict().get(key) != value}
     assert differing <= {"_name_or_path", "dtype", "architectures", "auto_map", "transformers_version"}
+
+
+@pytest.mark.parametrize(("hidden", "heads", "head_dim"), [(64, 4, 32), (576, 3, 64), (288, 6, 48), (144, 2, 48)])
+def test_mamba_heads_are_at_most_64_channels_that_divide_a_group(hidden: int, heads: int, head_dim: int) -> None:
+    sizes = SIZES | {"hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": heads}
+    config = AdambaConfig(**sizes | {"mamba_num_groups": None, "mamba_head_dim": None})
+    assert config.mamba_head_dim == head_dim

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig, SynthIDTextWatermarkingConfig
 
 from adamba.model import AdambaForCausalLM, decoding_adamba
 from models import hybrid, tokens
@@ -66,6 +66,37 @@ def test_auto_routes_each_row_as_if_it_were_alone(seed: int, eos_token_id: int |
         assert (answer[len(expected) :] == model.config.pad_token_id).all()
 
 
+def test_auto_without_a_mask_sees_what_generation_sees() -> None:
+    model, ids = hybrid(1), tokens(1, batch=8, length=9)
+    spread_router(model)
+    ids[::2, :7] = model.config.pad_token_id
+    mask = (ids != model.config.pad_token_id).long()
+    expected = model.generate(ids, attention_mask=mask, width="auto", **GREEDY)
+    widths = model.last_generation.widths
+    assert widths != model.route(ids).tolist(), "the test needs padding that would change a width"
+    assert torch.equal(model.generate(ids, width="auto", **GREEDY), expected)
+    assert model.last_generation.widths == widths
+
+
+def test_auto_needs_a_prompt_and_one_width_for_a_cache() -> None:
+    model, ids = hybrid(0), tokens(0, batch=4, length=9)
+    spread_router(model)
+    with pytest.raises(ValueError, match='width: "auto" is chosen from input_ids'):
+        model.generate(inputs_embeds=model.get_input_embeddings()(ids), width="auto", **GREEDY)
+    with pytest.raises(ValueError, match="past_key_values: goes with one width"):
+        model.generate(ids, past_key_values=DynamicCache(config=model.config), width="auto", **GREEDY)
+
+
+def test_a_cache_is_continued_at_its_width_only() -> None:
+    model, ids = hybrid(0), tokens(0, batch=1, length=9)
+    options = {"attention_mask": torch.ones_like(ids), "return_dict_in_generate": True, **GREEDY}
+    output = model.generate(ids, width="ghost", **options)
+    options |= {"past_key_values": output.past_key_values, "attention_mask": torch.ones_like(output.sequences)}
+    with pytest.raises(ValueError, match="past_key_values: holds the keys of another width"):
+        model.generate(output.sequences, width="think", **options)
+    assert model.generate(output.sequences, width="ghost", **options).sequences.shape[1] == 9 + 12
+
+
 def test_the_router_reads_the_prompt_only_and_its_confidence() -> None:
     model, ids = hybrid(2), tokens(2, batch=5)
     spread_router(model)
@@ -92,6 +123,12 @@ def test_the_router_reads_the_prompt_only_and_its_confidence() -> None:
         ({"exit_mode": "verify", "expand_threshold": 0.5}, "expand_threshold: does not go with exit_mode verify"),
         ({"exit_mode": "verify", "prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens: is another way"),
         ({"exit_mode": "verify", "output_scores": True}, "output_scores: exit_mode verify has no such output"),
+        ({"exit_mode": "verify", "guidance_scale": 1.5}, "guidance_scale: remembers what it saw"),
+        (
+            {"exit_mode": "verify", "watermarking_config": SynthIDTextWatermarkingConfig(5, [1, 2])},
+            "watermarking_config: remembers what it saw",
+        ),
+        ({"past_key_values": DynamicCache()}, r"past_key_values: .* DynamicCache\(config=model.config\)"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict, message: str) -> None:
@@ -158,7 +195,46 @@ def test_verify_of_several_rows_decodes_plainly_with_a_warning(warnings: list[st
     plain = model.generate(prompt, **GREEDY)
     assert torch.equal(plain, model.generate(prompt, exit_mode="verify", exit_threshold=0.3, **GREEDY))
     assert model.last_generation.num_drafted == 0
-    assert len(warnings) == 1 and "several are decoded plainly" in warnings[0]
+    assert len(warnings) == 1 and "one row of input_ids at a time" in warnings[0]
+
+
+@pytest.mark.parametrize("option", ["position_ids", "cache_implementation"])
+def test_verify_of_what_its_loop_cannot_take_is_plain_too(option: str, warnings: list[str]) -> None:
+    model, prompt = hybrid(0), tokens(0, batch=1, length=7)
+    value = {"position_ids": torch.tensor([[0, 1, 2, 2, 2, 3, 4]]), "cache_implementation": "static"}[option]
+    mask = torch.tensor([[1, 1, 1, 0, 0, 1, 1]])
+    options = {"attention_mask": mask, option: value, **GREEDY}
+    plain = model.generate(prompt, **options)
+    assert torch.equal(plain, model.generate(prompt, exit_mode="verify", exit_threshold=0.3, **options))
+    assert model.last_generation.num_drafted == 0 and len(warnings) == 1
+
+
+def test_a_static_cache_holds_what_a_growing_one_does() -> None:
+    model, ids = hybrid(2), tokens(2, batch=2, length=7)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    growing = model.generate(ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(growing, model.generate(ids, attention_mask=mask, cache_implementation="static", **GREEDY))
+
+
+@pytest.mark.parametrize("options", [{"exit_threshold": 0.0}, {"width": "ghost", "expand_threshold": 0.9}], ids=str)
+@pytest.mark.parametrize("seen", [0, 6])
+def test_a_prompt_of_one_new_token_takes_all_layers(options: dict, seen: int) -> None:
+    """Alone it does by our own loop; a batch goes through transformers', where it looks like a generated token."""
+    model, ids = hybrid(0), tokens(1, batch=2, length=seen + 1)
+    found = []
+    for rows in (ids, ids[:1]):
+        cache = DynamicCache(config=model.config)
+        mask = torch.ones_like(rows)
+        if seen:
+            known = {key: value for key, value in options.items() if key != "exit_threshold"}
+            with torch.no_grad():
+                model(rows[:, :-1], past_key_values=cache, use_cache=True, **known)
+        output = model.generate(rows, attention_mask=mask, past_key_values=cache, **options, **GREEDY)
+        found.append((output[0], model.last_generation.exit_layers[0]))
+        assert found[-1][1][0] == model.config.num_hidden_layers - 1
+    for together, alone in zip(*found, strict=True):
+        assert torch.equal(together, alone)
 
 
 def test_beams_may_exit_early() -> None:

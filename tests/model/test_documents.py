@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import DynamicCache
 
 from adamba.model import documents_adamba
 from adamba.model.documents_adamba import document_starts, number_documents
@@ -76,3 +77,42 @@ def test_attention_by_documents_is_that_of_the_mask(seed: int, shared: bool, mon
 def test_a_cpu_and_full_precision_keep_the_mask() -> None:
     hidden = torch.zeros(1, 2, 8, dtype=torch.bfloat16)
     assert not documents_adamba.can_attend_in_documents(hidden, "sdpa", 8, 0.0)
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(1, 12, dtype=torch.long)], ids=["no mask", "ones"])
+@pytest.mark.parametrize("training", [False, True])
+def test_packed_documents_are_apart_unless_told_otherwise(mask: torch.Tensor | None, training: bool) -> None:
+    """In evaluation a forward makes a cache by itself, which knows one document a row."""
+    model, ids = hybrid(0).train(training), tokens(0, batch=1, length=12)
+    with torch.no_grad():
+        packed = model(ids, position_ids=positions(5, 6, length=12)[None], attention_mask=mask)
+        alone = [model(ids[:, start:end], use_cache=False).logits for start, end in ((0, 5), (5, 6), (6, 12))]
+    assert packed.past_key_values is None
+    torch.testing.assert_close(packed.logits, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-4)
+
+
+def test_packed_documents_and_a_cache_do_not_go_together() -> None:
+    model, ids = hybrid(0), tokens(0, batch=1, length=12)
+    packed = {"position_ids": positions(5, length=12)[None]}
+    for cache in ({"use_cache": True}, {"past_key_values": DynamicCache(config=model.config)}):
+        with pytest.raises(ValueError, match="position_ids: rows of several documents go without a cache"):
+            model(ids, **packed, **cache)
+
+
+def test_a_padded_row_may_be_fed_one_token_first() -> None:
+    model, ids = hybrid(0), tokens(0, length=8)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    whole = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, position_ids=whole, use_cache=False).logits
+        cache = DynamicCache(config=model.config)
+        for start, end in ((0, 1), (1, 2), (2, 8)):
+            logits = model(
+                ids[:, start:end],
+                attention_mask=mask[:, :end],
+                position_ids=whole[:, start:end],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+    torch.testing.assert_close(logits, expected[:, 2:], rtol=1e-4, atol=1e-4)

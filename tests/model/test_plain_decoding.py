@@ -45,6 +45,21 @@ def test_one_row_is_what_transformers_loop_says(
     assert torch.equal(model.last_generation.exit_layers, layers)
 
 
+def test_a_hole_in_the_mask_takes_no_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a tokenizer that pads inside, or a text that has the padding token itself."""
+    differ = 0
+    for seed in range(8):
+        model, prompt = hybrid(seed), tokens(seed, batch=1, length=9)
+        mask = torch.tensor([[0, 1, 1, 1, 0, 0, 1, 1, 1]])
+        options = {"attention_mask": mask, "max_new_tokens": NEW_TOKENS, "do_sample": False}
+        expected = stock(model, monkeypatch, prompt, **options)
+        assert torch.equal(model.generate(prompt, **options), expected)
+        differ += not torch.equal(
+            stock(model, monkeypatch, prompt, max_new_tokens=NEW_TOKENS, do_sample=False), expected
+        )
+    assert differ, "the test needs holes that matter"
+
+
 def test_a_cache_goes_on_where_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompt = hybrid(1), tokens(1, batch=1, length=6)
     greedy = {"do_sample": False, "return_dict_in_generate": True}

@@ -168,6 +168,16 @@ def test_the_trainer_slows_old_weights(use_muon: bool, make_trainer) -> None:
     assert torch.equal(after[block], before[name][block]) and not torch.equal(after, before[name])
 
 
+def test_adamw_alone_decays_no_vector_either(make_trainer) -> None:
+    """With the rates of the full plan `A_log` would shrink to a third in phase 1 by decay alone."""
+    model = hybrid(0)
+    optimizer = make_trainer(model, weight_decay=0.1).create_optimizer()
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
+    assert {name for name, parameter in model.named_parameters() if parameter.ndim > 1} == names
+    assert not any(name.endswith(("A_log", "D", "dt_bias")) for name in names)
+
+
 @pytest.mark.parametrize("scale", [-0.1, 1.5])
 def test_an_impossible_scale_is_refused(scale: float, tmp_path) -> None:
     with pytest.raises(UserError, match=f"old_weight_lr_scale: {scale} must be from 0 to 1"):

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from adamba.data.cards import find_cards_dir
 from adamba.data.mixture import parse_mix
 from adamba.errors import UserError
+from adamba.tasks import TASKS
 
 TASKS_OF_FILES = {"questions"}  # tasks whose instances are read from the user's file: its setting `data_file`
 
@@ -37,6 +39,17 @@ class DataArguments:
             settings = self.task_settings.get(name, {})
             self.task_settings = self.task_settings | {name: settings | {"data_file": self.data_files[name]}}
         self.data_files = {name: path for name, path in self.data_files.items() if name not in TASKS_OF_FILES}
+
+    def files_read(self) -> dict[str, str]:
+        """What the rows depend on besides code and keys: local files of the mix, and the cards that read them."""
+        files = {name: path for name, path in self.data_files.items() if name in self.mix}
+        for name in self.mix:
+            if "data_file" in self.task_settings.get(name, {}):
+                files[name] = self.task_settings[name]["data_file"]
+            card = find_cards_dir(self.cards_dir) / f"{name}.md"
+            if name not in TASKS and card.is_file():
+                files[f"card of {name}"] = str(card)
+        return files
 
     def mixture_options(self, split: str, **more) -> dict[str, Any]:
         """Keyword arguments of `load_mixture`."""

@@ -1,5 +1,7 @@
 """Configuration of an elastic attention + Mamba-2 hybrid."""
 
+from numbers import Integral
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -113,7 +115,8 @@ class AdambaConfig(PreTrainedConfig):
             # The largest count of at most 8 that grows whenever the attention heads can.
             self.mamba_num_groups = max(g for g in range(1, 9) if self.num_key_value_heads % g == 0)
         if self.mamba_head_dim is None:
-            self.mamba_head_dim = min(64, self.mamba_expand * self.hidden_size // self.mamba_num_groups)
+            channels = self.mamba_expand * self.hidden_size // self.mamba_num_groups
+            self.mamba_head_dim = max(size for size in range(1, 65) if channels % size == 0)
         if self.attention_widths is None:
             self.attention_widths = [self.hidden_size] * self.num_attention_layers
         if self.width_levels is None:
@@ -184,7 +187,7 @@ class AdambaConfig(PreTrainedConfig):
         count = self.num_attention_layers
         if width is None:
             return list(self.attention_widths)
-        if isinstance(width, (str, int)):
+        if isinstance(width, (str, Integral)):  # NumPy's integers too
             width = [width] * count
         width = list(width)
         if len(width) != count:
@@ -224,10 +227,10 @@ class AdambaConfig(PreTrainedConfig):
         for key, count in (("rope_layers", self.num_hidden_layers), ("attention_widths", self.num_attention_layers)):
             require(len(getattr(self, key)) == count, key, getattr(self, key), f"must have {count} entries")
         require(
-            "sliding_attention" not in self.layer_types or self.sliding_window is not None,
+            "sliding_attention" not in self.layer_types or (self.sliding_window or 0) > 1,
             "sliding_window",
             self.sliding_window,
-            "must be a number of tokens, because layer_types has a sliding_attention layer",
+            "must be 2 tokens or more, because layer_types has a sliding_attention layer",
         )
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,

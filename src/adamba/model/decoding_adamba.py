@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.generation.configuration_utils import SynthIDTextWatermarkingConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 from transformers.utils import logging
 
+from .configuration_adamba import ATTENTION_LAYERS
 from .drafting_adamba import DraftPolicy, draft_policy
 from .single_row_adamba import plain_decode, propagate_decode
 from .speculation_adamba import speculative_decode
@@ -146,6 +148,34 @@ class AdaptiveGenerationMixin:
         for key in PER_STEP_OUTPUTS:
             if option(key):
                 raise ValueError(f"{key}: exit_mode verify has no such output for each step; leave one of them out")
+        keeps_own_state = {
+            "guidance_scale": option("guidance_scale") not in (None, 1),
+            "watermarking_config": isinstance(option("watermarking_config"), SynthIDTextWatermarkingConfig),
+        }
+        for key in (key for key, keeps in keeps_own_state.items() if keeps):
+            raise ValueError(
+                f"{key}: remembers what it saw, and a rejected draft could not be taken back; leave it out, or "
+                "exit_mode verify"
+            )
+
+    def _check_cache(self, cache: Cache | None, widths: list[int], expands: bool) -> None:
+        """Refuse a cache that has no place for Mamba states, or the keys of another width."""
+        layers = [] if cache is None else cache.layers
+        if cache is not None and not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+            if "linear_attention" in self.config.layer_types:
+                raise ValueError(
+                    "past_key_values: has no place for Mamba states; make it by DynamicCache(config=model.config)"
+                )
+        keys = [
+            getattr(layer, "keys", None)
+            for layer, kind in zip(layers, self.config.layer_types, strict=False)
+            if kind in ATTENTION_LAYERS
+        ]
+        for key, width in zip(keys, widths, strict=False):
+            if key is not None and key.numel() and not expands and key.shape[1] != self.config.heads_at(width)[1]:
+                raise ValueError(
+                    "past_key_values: holds the keys of another width; go on at that width, or without it"
+                )
 
     def _option(self, generation_config, kwargs: dict, key: str):
         """An option of transformers' own `generate`, as it will resolve it; `None` when nobody set it."""
@@ -158,22 +188,25 @@ class AdaptiveGenerationMixin:
     def _generate_at(
         self, inputs, widths, exit_threshold, exit_mode, exit_layer, expand_threshold, generation_config=None, **kwargs
     ):
+        self._check_cache(kwargs.get("past_key_values"), widths, bool(expand_threshold))
         trace = GenerationTrace(widths=widths, num_layers=self.config.num_hidden_layers)
         self.last_generation = trace
         rows = inputs if inputs is not None else kwargs.get("input_ids")
         option = partial(self._option, generation_config, kwargs)
         one_row = rows is not None and rows.shape[0] == 1 and (option("num_return_sequences") or 1) == 1
+        own_loop = one_row and self._suits_own_loops(option, kwargs)
         loop = None
-        if exit_mode == "verify" and one_row:
+        if exit_mode == "verify" and own_loop:
             policy = self._policy(widths, exit_layer, bool(option("do_sample")))
             loop = partial(speculative_decode, policy=policy, threshold=exit_threshold)
         elif exit_mode == "verify":
             logger.warning_once(
-                "exit_mode: verify checks one row at a time; several are decoded plainly, at full depth"
+                "exit_mode: verify checks one row of input_ids at a time, in a growing cache; anything else, as here, "
+                "is decoded plainly, at full depth"
             )
         else:
             exits = exit_threshold is not None and exit_threshold < 1
-            if one_row and not expand_threshold and self._is_plain(option, kwargs):
+            if own_loop and not expand_threshold and self._is_plain(option):
                 loop = partial(propagate_decode, threshold=exit_threshold) if exits else plain_decode
             elif exits:
                 kwargs["exit_threshold"] = exit_threshold
@@ -191,18 +224,20 @@ class AdaptiveGenerationMixin:
         trace.steps.clear()
         return output
 
-    def _is_plain(self, option, kwargs: dict) -> bool:
-        """Whether nothing is asked for that only transformers' own loop can return or do."""
-        if (option("num_beams") or 1) > 1 or any(option(key) for key in (*OTHER_DECODERS, *PER_STEP_OUTPUTS)):
-            return False
+    def _suits_own_loops(self, option, kwargs: dict) -> bool:
+        """Whether the input, the cache and the launch are what the loops for one row expect."""
         if any(kwargs.get(key) is not None for key in OTHER_INPUTS):
             return False
         cache = kwargs.get("past_key_values")
         growing = option("use_cache") is not False and not option("cache_implementation")
-        if not growing or not (cache is None or type(cache) is DynamicCache):
-            return False
         splits = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)  # all processes take equally many steps
-        return self.config._attn_implementation in LAZY_ATTENTION and not splits
+        return growing and (cache is None or type(cache) is DynamicCache) and not splits
+
+    def _is_plain(self, option) -> bool:
+        """Whether nothing is asked for that only transformers' own loop can return or do."""
+        if (option("num_beams") or 1) > 1 or any(option(key) for key in (*OTHER_DECODERS, *PER_STEP_OUTPUTS)):
+            return False
+        return self.config._attn_implementation in LAZY_ATTENTION
 
     def _policy(self, widths: list[int], exit_layer: int | None, sampling: bool) -> DraftPolicy:
         """What is known about drafting at these widths. Sampled text depends on what is drafted, so it starts new."""
@@ -213,33 +248,61 @@ class AdaptiveGenerationMixin:
             self._draft_policy = (key, draft_policy(self, widths, exit_layer))
         return self._draft_policy[1]
 
-    def route(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """The router's width of each attention layer, (B, attention layers) channels, from the prompt alone."""
+    def route(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, confidence: float | None = None
+    ) -> torch.Tensor:
+        """
+        The router's width of each attention layer, (B, attention layers) channels, from the prompt alone: the
+        narrowest whose chance to suffice reaches `confidence`, by default the checkpoint's `router_confidence` or 0.5.
+        """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        confidence = getattr(self.generation_config, "router_confidence", None) or 0.5
+        confidence = confidence or getattr(self.generation_config, "router_confidence", None) or 0.5
         choice = self.model.router.choose(self.model.embed_tokens(input_ids), mask, confidence)
         levels = torch.tensor(list(self.config.width_levels.values()), device=choice.device)
         limits = torch.tensor(self.config.attention_widths, device=choice.device)
         return torch.minimum(levels[choice], limits)
 
+    def _visible(self, rows: torch.Tensor, options: dict) -> torch.Tensor:
+        """The mask of a prompt that came without one, as transformers infers it."""
+        pad, end = (self._option(options["generation_config"], options, f"{key}_token_id") for key in ("pad", "eos"))
+        ends = end if isinstance(end, list) else [end]
+        return rows.ne(pad).long() if pad is not None and pad not in ends else torch.ones_like(rows)
+
     def _generate_routed(self, inputs, options):
         """Rows of equal widths are generated together; sequences come back in their order, padded on the right."""
-        rows = inputs if inputs is not None else options.pop("input_ids")
+        rows = inputs if inputs is not None else options.pop("input_ids", None)
+        if rows is None:
+            raise ValueError('width: "auto" is chosen from input_ids; with inputs_embeds alone give a width')
         mask = options.pop("attention_mask", None)
-        widths = self.route(rows, mask)
+        mask = self._visible(rows, options) if mask is None else mask
+        widths = self.route(rows, mask, getattr(options["generation_config"], "router_confidence", None))
         distinct, group_of = widths.unique(dim=0, return_inverse=True)
         if len(distinct) == 1:
             return self._generate_at(rows, distinct[0].tolist(), attention_mask=mask, **options)
+        for key in ("past_key_values", "position_ids", "inputs_embeds"):
+            if options.get(key) is not None:
+                raise ValueError(
+                    f'{key}: goes with one width; width "auto" gives these rows {len(distinct)} different ones'
+                )
         groups = []
         for group, group_widths in enumerate(distinct.tolist()):
             members = (group_of == group).nonzero().squeeze(-1)
-            group_mask = None if mask is None else mask[members]
-            output = self._generate_at(rows[members], group_widths, attention_mask=group_mask, **options)
+            output = self._generate_at(rows[members], group_widths, attention_mask=mask[members], **options)
             groups.append((members, output, self.last_generation))
         self.last_generation = _merge_traces(groups, widths.tolist())
         pad = self.generation_config.pad_token_id
         pad = self.config.pad_token_id if pad is None else pad
         return _merge_outputs(groups, pad or 0)
+
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
+        """A prompt, even of one token, runs through all layers at its width: in a batch as in our own loops."""
+        if is_first_iteration:
+            kwargs.pop("exit_threshold", None)
+            if "expand_threshold" in kwargs:
+                kwargs["expand_threshold"] = 0.0  # no gate is so unsure, and both widths are cached
+        return super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
 
     def _prepare_generation_config(self, generation_config, **kwargs):
         # Once a generation config has these fields, transformers would keep them there and not call forward with them.

@@ -58,6 +58,11 @@ class AdambaCausalLMOutput(CausalLMOutputWithPast):
     exit_hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
 
+def _is_2d(attention_mask) -> bool:
+    """Whether it says which tokens are padding; else it is a mask of scores, or one for each kind of layer."""
+    return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+
+
 class AdambaPreTrainedModel(PreTrainedModel):
     config_class = AdambaConfig
     base_model_prefix = "model"
@@ -125,6 +130,9 @@ class AdambaModel(AdambaPreTrainedModel):
     ) -> AdambaModelOutput:
         """
         Args:
+            attention_mask: 0 where a token is padding, which stands on the left of what a cache goes on from: Mamba's
+                convolution and state would remember it between two turns.
+            position_ids: where they begin anew and nothing is padding, another document begins, and there is no cache.
             width: channels of the attention layers (`AdambaConfig.resolve_width`); `None` is full width.
             exit_threshold: in single-token decoding a row stops after the first gate whose probability exceeds it,
                 and its exit state fills the caches of the layers it skips. 1.0 or `None` never stops.
@@ -141,6 +149,11 @@ class AdambaModel(AdambaPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = hidden.shape[:2]
+        documents = None
+        if position_ids is not None:
+            documents = self._documents(position_ids.expand(batch, -1), attention_mask, past_key_values, use_cache)
+        if documents is not None:
+            attention_mask, use_cache = None, False
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -150,9 +163,7 @@ class AdambaModel(AdambaPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(seen, seen + length, device=hidden.device)[None]
-        documents = starts = None
-        if past_key_values is None and attention_mask is None:
-            documents = number_documents(position_ids.expand(batch, -1))
+        starts = None
         if documents is not None and self._can_attend_in_documents(hidden):
             starts, masks = document_starts(documents), dict.fromkeys(self.config.layer_types)
         else:
@@ -237,6 +248,8 @@ class AdambaModel(AdambaPreTrainedModel):
         return self._masks(hidden, attention_mask, None, view, kinds)
 
     def _masks(self, hidden, attention_mask, position_ids, past_key_values, kinds) -> dict[str, torch.Tensor | None]:
+        if isinstance(attention_mask, dict):  # `generate` makes those for a static cache itself
+            return attention_mask
         # One token sees all that a growing cache holds. `generate` always brings a mask, mostly of ones.
         if hidden.shape[1] == 1 and type(past_key_values) is DynamicCache:
             if attention_mask is None or bool(attention_mask.all()):
@@ -253,7 +266,28 @@ class AdambaModel(AdambaPreTrainedModel):
             "sliding_attention": create_sliding_window_causal_mask,
             "linear_attention": create_recurrent_attention_mask,
         }
-        return {kind: builders[kind](**args) for kind in kinds}
+        masks = {kind: builders[kind](**args) for kind in kinds}
+        if hidden.shape[1] == 1 and "linear_attention" in kinds and _is_2d(attention_mask):
+            # transformers takes a single token for a generated one; it may be the first of a padded row's prompt.
+            newest = attention_mask[:, -1:]
+            masks["linear_attention"] = None if bool(newest.all()) else newest
+        return masks
+
+    def _documents(self, position_ids, attention_mask, past_key_values, use_cache) -> torch.Tensor | None:
+        """
+        The document of each token in rows that are packed: positions begin anew and nothing is padding.
+
+        Raises:
+            ValueError: packed rows and a cache, which would carry one document into the next.
+        """
+        documents = number_documents(position_ids)
+        if documents is None:
+            return None
+        if attention_mask is not None and not (_is_2d(attention_mask) and bool(attention_mask.all())):
+            return None
+        if use_cache or isinstance(past_key_values, Cache):
+            raise ValueError("position_ids: rows of several documents go without a cache; use_cache must be False")
+        return documents
 
     def _can_attend_in_documents(self, hidden: torch.Tensor) -> bool:
         dropout = self.config.attention_dropout if self.training else 0.0

@@ -43,11 +43,11 @@ class SingleRow:
     def prefill(self) -> bool:
         """Run the prompt through all layers and emit the first token; whether that was the last."""
         seen = self.cache.get_seq_length()
-        places = torch.arange(seen, self.input_ids.shape[1], device=self.input_ids.device)[None]
+        seeing = torch.ones_like(self.input_ids) if self.mask is None else self.mask
         output = self.model(
             input_ids=self.input_ids[:, seen:],
             attention_mask=self.mask,
-            position_ids=(places - self.num_padding).clamp(min=0),
+            position_ids=(seeing.cumsum(-1) - 1).clamp(min=0)[:, seen:],
             past_key_values=self.cache,
             use_cache=True,
             width=self.widths,

@@ -148,6 +148,15 @@ class OptimizerKeys:
 class OptimizerMixin:
     """Put before a `Trainer` class: the recipe's `use_muon` and, where there is one, its `old_weight_lr_scale`."""
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """
+        Those of the Trainer, without what is one number a head or gate: weight decay would pull Mamba's `A_log` and
+        `D` to 0, so that all heads forgot alike, whatever they learn (mamba_ssm spares both too).
+        """
+        # ZeRO-3 has emptied the parameters; `ds_shape` is what they were.
+        vectors = {name for name, p in model.named_parameters() if len(getattr(p, "ds_shape", p.shape)) < 2}
+        return [name for name in super().get_decay_parameter_names(model) if name not in vectors]
+
     def create_optimizer(self, *args, **kwargs):
         if self.args.use_muon and is_sharded(self):
             raise UserError("use_muon: needs whole matrices on each rank (DDP), not ZeRO or FSDP")
