@@ -294,15 +294,19 @@ class AdaptiveGenerationMixin:
         pad = self.config.pad_token_id if pad is None else pad
         return _merge_outputs(groups, pad or 0)
 
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, attention_mask=None, inputs_embeds=None, is_first_iteration=False, **kwargs
+    ):
         """A prompt, even of one token, runs through all layers at its width: in a batch as in our own loops."""
         if is_first_iteration:
             kwargs.pop("exit_threshold", None)
             if "expand_threshold" in kwargs:
                 kwargs["expand_threshold"] = 0.0  # no gate is so unsure, and both widths are cached
-        return super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
+        kwargs |= {
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+        }  # transformers looks for the names
+        return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
 
     def _prepare_generation_config(self, generation_config, **kwargs):
         # Once a generation config has these fields, transformers would keep them there and not call forward with them.
