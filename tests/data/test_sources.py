@@ -22,6 +22,7 @@ FORMAT_OF = {
     "toolbench": "toolbench",
     "sharegpt": "sharegpt",
 }
+IS_HELD_OUT = sources.is_held_out
 FILES = {source: str(ROWS / f"{name}.jsonl") for source, name in FORMAT_OF.items()}
 
 
@@ -79,6 +80,34 @@ def test_two_ranks_with_two_workers_read_every_row_of_local_files_once(tmp_path,
         stream = split_dataset_by_node(stream, rank=rank, world_size=2)
         seen += [row["text"] for row in DataLoader(stream, batch_size=None, num_workers=2)]
     assert sorted(seen) == sorted(f"row {index}" for index in range(101))
+
+
+def test_copies_that_differ_in_an_id_stay_on_one_side_of_the_split(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "is_held_out", IS_HELD_OUT)
+    records = [
+        {"id": f"flan.{number}", "system_prompt": "", "question": f"q{number % 300}", "response": "a"}
+        for number in range(1500)
+    ]
+    file = tmp_path / "orca.jsonl"
+    file.write_text("\n".join(map(json.dumps, records)))
+
+    def questions(split, number):
+        stream = load_mixture({"openorca": 1}, split=split, seed=0, data_files={"openorca": str(file)})
+        return [row["messages"][0]["content"] for row in itertools.islice(stream, number)]
+
+    held_out = questions("test", 1500)
+    trained = questions("train", 1500 - len(held_out))
+    assert len(set(held_out)) > 1 and len(held_out) == 5 * len(set(held_out))
+    assert set(held_out) | set(trained) == {f"q{number}" for number in range(300)}
+    assert not set(held_out) & set(trained)
+
+
+def test_a_file_that_is_held_out_whole_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "is_held_out", lambda row: True)
+    (tmp_path / "a.txt").write_text("text")
+    stream = load_mixture({"fineweb": 1}, split="train", seed=0, data_files={"fineweb": str(tmp_path)})
+    with pytest.raises(UserError, match=r"fineweb: nothing to train on in .*a\.txt: what it holds \(1\) is held out"):
+        next(iter(stream))
 
 
 def test_training_rows_are_shuffled_by_seed_and_complete(tmp_path):

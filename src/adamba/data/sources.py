@@ -31,7 +31,7 @@ Reader = Callable[[Any], Iterator[Record]]
 
 @dataclass
 class Conversion:
-    """Converts the records of one source and counts what it drops, by reason.
+    """Converts the records of one source, of both splits, and counts what it drops, by reason.
 
     `convert` returns None for a dropped record.
     """
@@ -100,27 +100,35 @@ def rows_of(card: Card, split: str, reader: Reader, shards: list[Any], conversio
     """The converted rows of the shards that belong to `split`.
 
     Raises:
-        UserError: a shard of the training split has no record, or none that converts.
+        UserError: a shard of the training split has no record, or none that converts, or only held-out ones.
     """
     held_out_here = "test" not in card.splits
     for shard in shards:
-        before, kept_before = conversion.seen, conversion.seen - conversion.dropped.total()
+        before, num_converted, num_kept = conversion.seen, 0, 0
         for record in reader(shard):
-            if held_out_here and (split == "test") != is_held_out(record):
-                continue
             row = conversion.convert(record)
-            if row is not None:
-                yield row
-        if split == "train" and conversion.seen - conversion.dropped.total() == kept_before:
+            if row is None:
+                continue
+            num_converted += 1
+            if held_out_here and (split == "test") != is_held_out(row):
+                continue
+            num_kept += 1
+            yield row
+        if split == "train" and not num_kept:
             what = conversion.report() if conversion.seen > before else "it holds no record"
+            if num_converted:
+                what = f"what it holds ({num_converted}) is held out for the test split; join it with other files"
             raise UserError(f"{card.id}: nothing to train on in {shard}: {what}")
     if conversion.dropped:
         logger.warning("%s: %s", card.id, conversion.report())
 
 
-def is_held_out(record: Record) -> bool:
-    """Whether a record belongs to `test`: by a hash of its content, so copies of it stay on one side."""
-    text = json.dumps(record, sort_keys=True, default=str)
+def is_held_out(row: Row) -> bool:
+    """Whether a converted row belongs to `test`: by a hash of what is learnt from it, so copies stay on one side.
+
+    The record it came from would not do: copies there may differ in an id or another column that nobody learns.
+    """
+    text = json.dumps(row, sort_keys=True, default=str)
     return zlib.crc32(text.encode(errors="replace")) % TEST_FRACTION_INVERSE == 0
 
 
