@@ -79,7 +79,7 @@ def main() -> None:
     )
     logger.info("%d pairs", len(rows))
     held_out = None
-    if args.num_eval_pairs:
+    if args.num_eval_pairs and args.eval_strategy != "no":
         held_out = preference_rows(data_args.mix, args.num_eval_pairs, split="test", **options)
 
     model, tokenizer = load_model_and_tokenizer(model_args, training=True)

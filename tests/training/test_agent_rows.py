@@ -53,6 +53,35 @@ def test_trajectories_repeat_and_mix_with_tasks(tmp_path: Path) -> None:
     assert all(row["tools"] == [] for row in rows if row["source"] == "pairs")
 
 
+def test_pairs_of_a_file_are_split_by_prompt_and_each_drawn_once_before_any_again(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    pairs = [PAIR | {"prompt": [{"role": "user", "content": f"question {number // 2}"}]} for number in range(1000)]
+    pairs = [pair | {"chosen": [{"role": "assistant", "content": f"answer {n}"}]} for n, pair in enumerate(pairs)]
+    path.write_text("\n".join(map(json.dumps, pairs)))
+
+    def drawn(number: int, split: Any, seed: int = 0) -> list[tuple[str, str]]:
+        options: dict[str, Any] = {"split": split, "seed": seed, "settings": {}, "data_files": {"pairs": str(path)}}
+        rows = preference_rows({"pairs": 1.0}, number, **options)
+        return [(row["prompt"][0]["content"], row["chosen"][0]["content"]) for row in rows]
+
+    held_out, trained = set(drawn(1000, "test")), set(drawn(1000, "train"))
+    assert 5 < len(held_out) < 50 and len(held_out) + len(trained) == 1000
+    assert not {prompt for prompt, _ in held_out} & {prompt for prompt, _ in trained}
+    twice = drawn(2 * len(trained), "train")
+    first, second = twice[: len(trained)], twice[len(trained) :]
+    assert set(first) == set(second) == trained and first != second
+    assert drawn(400, "train") == drawn(400, "train") != drawn(400, "train", seed=1)
+
+
+def test_a_file_without_a_held_out_pair_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(PAIR))
+    options: dict[str, Any] = {"seed": 0, "settings": {}, "data_files": {"pairs": str(path)}}
+    assert len(preference_rows({"pairs": 1.0}, 3, split="train", **options)) == 3
+    with pytest.raises(ValueError, match=r"pairs.jsonl: of its 1 pairs none is held out .*; give more, or num_eval_p"):
+        preference_rows({"pairs": 1.0}, 3, split="test", **options)
+
+
 def test_distinct_pairs_are_the_drawn_ones_without_repeats() -> None:
     settings = {"tic_tac_toe": {"random_start_fraction": 0.0, "opponent": "perfect"}}
     options: dict[str, Any] = {"split": "train", "seed": 0, "settings": settings, "data_files": {}}

@@ -1,13 +1,15 @@
 """Rows for reinforcement learning: prompts to play from (GRPO) and pairs to prefer between (DPO)."""
 
+import itertools
 import json
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Json, Value
 
+from adamba.data.sources import is_held_out
 from adamba.errors import UserError
 from adamba.tasks import TASKS, Split, Task
 
@@ -51,25 +53,26 @@ def preference_rows(
 ) -> Dataset:
     """Rows `{"prompt", "chosen", "rejected", "tools", "source"}`: a task's own pairs, or trajectories from a file.
 
-    A source in `data_files` is a JSON Lines file of such rows (`tools` may be absent); it repeats when it is short.
+    A source in `data_files` is a JSON Lines file of such rows (`tools` may be absent). One prompt in fifty, by its
+    hash, belongs to `test` with all its pairs. Each pair is drawn once before any is drawn again.
     With `distinct`, each of the drawn pairs is kept once: fewer rows, and rare turns weigh as much as common ones.
     A source in `imitated` gets its good turn as the rejected one too: the halves of DPO's loss cancel, and only a
     supervised term is left. (Of two long expressions that differ in a digit, DPO also makes what follows the wrong
     digit unlikely, although that is right, and so harms the copying of expressions.)
 
     Raises:
-        UserError: a source that is neither a task nor in `data_files`, a row of a file that is no pair, or an imitated
-            source that is not in the mix.
+        UserError: a source that is neither a task nor in `data_files`, a row of a file that is no pair, a file without
+            a pair of this split, or an imitated source that is not in the mix.
     """
     _check_sources(mix, settings, [*TASKS, *data_files])
     for name in imitated:
         if name not in mix:
             raise UserError(f"imitated: {name!r} is not in the mix ({', '.join(mix)})")
-    files = {name: read_pairs(data_files[name]) for name in mix if name in data_files}
+    pairs = {name: _shuffled_pairs(data_files[name], split, seed) for name in mix if name in data_files}
 
     def make(name: str, row_seed: int) -> Row:
-        if name in files:
-            return files[name][row_seed % len(files[name])]
+        if name in pairs:
+            return next(pairs[name])
         return TASKS[name].preference(row_seed, split, **settings.get(name, {}))
 
     rows = [make(name, row_seed) | {"source": name} for name, row_seed in _draw(mix, num_rows, seed)]
@@ -81,6 +84,18 @@ def preference_rows(
     table = {column: [row.get(column) or [] for row in rows] for column in typed}
     table["source"] = [row["source"] for row in rows]
     return Dataset.from_dict(table, features=Features(typed | {"source": Value("string")}))
+
+
+def _shuffled_pairs(path: str, split: Split, seed: int) -> Iterator[Row]:
+    """The file's pairs of this split for ever, each pass in another order."""
+    pairs = read_pairs(path)
+    ours = [pair for pair in pairs if is_held_out({"prompt": pair["prompt"]}) == (split == "test")]
+    if not ours:
+        kind = "held out (one prompt in fifty is)" if split == "test" else "left to train on"
+        how = "give more, or num_eval_pairs: 0" if split == "test" else "give more"
+        raise UserError(f"{path}: of its {len(pairs)} pairs none is {kind}; {how}")
+    passes = (random.Random(f"pairs/{seed}/{number}").sample(ours, len(ours)) for number in itertools.count())
+    return itertools.chain.from_iterable(passes)
 
 
 def read_pairs(path: str) -> list[Row]:
