@@ -1,5 +1,6 @@
 import itertools
 import json
+from functools import partial
 
 import pytest
 from datasets import Dataset, IterableDataset
@@ -7,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adamba.data import Renderer, load_mixture, pack_rows
-from adamba.data.packing import best_fit
+from adamba.data.packing import best_fit, tokenize_rows
+from adamba.errors import UserError
 
 MIX = {"calculator": 1.0, "tic_tac_toe": 0.5, "pydoc_topics": 0.5}
 
@@ -67,6 +69,43 @@ def test_long_documents_are_split_without_loss(tokenizer):
     total = sum(token != tokenizer.pad_token_id for row in packed for token in row["input_ids"])
     assert total == sum(map(len, whole))
     assert sum(row["input_ids"].count(tokenizer.pad_token_id) for row in packed) < 64 + 16
+
+
+def conversation(answer, question="Q", source="chat"):
+    messages = [
+        {"role": "system", "content": "Answer in French."},
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    ]
+    return {"text": None, "messages": messages, "tools": [], "source": source}
+
+
+def test_long_conversations_are_cut_and_counted_and_text_is_split(tokenizer, caplog):
+    rows = [conversation("word " * 300) for _ in range(4)] + [conversation("yes")]
+    rows.append({"text": "word " * 300, "messages": None, "tools": None, "source": "text"})
+    [system, *_] = Renderer(tokenizer).render([conversation("yes")])[0][0]
+    options = {"assistant_only_loss": True, "one_source_per_row": True, "cut_conversations": True}
+    packed = list(pack_rows(stream_of(rows), tokenizer, 128, **options))
+    texts = [row for row in packed if row["source"] == "text"]
+    chats = [row for row in packed if row["source"] == "chat"]
+    assert len(texts) > 1 and len(chats) == 5
+    for row in chats:
+        for ids, labels in documents_of(row):
+            assert ids[0] == system or set(labels) == {-100}
+    [longest] = {len(ids) for ids, _ in Renderer(tokenizer).render(rows[:1])}
+    line = f"max_length: 128 cut 4 of 6 rows (chat 4), the longest of {longest} tokens"
+    assert [record.getMessage() for record in caplog.records] == [line]
+
+
+def test_conversations_whose_answer_is_cut_off_are_dropped_and_counted(tokenizer, caplog):
+    rows = [conversation("yes", question="why " * 300), conversation("yes")]
+    for make in (partial(pack_rows, cut_conversations=True), tokenize_rows):
+        caplog.clear()
+        [row] = make(stream_of(rows), tokenizer, 128, assistant_only_loss=True)
+        assert sum(label != -100 for label in row["labels"])
+        assert "cut 1 of 2 rows (chat 1)" in caplog.text and "1 had nothing left to learn and were dr" in caplog.text
+        with pytest.raises(UserError, match="max_length: 128 cuts off everything to learn in 1 rows"):
+            list(make(stream_of(rows[:1]), tokenizer, 128, assistant_only_loss=True))
 
 
 def test_assistant_only_labels(tokenizer):

@@ -9,14 +9,12 @@ from typing import Any
 from datasets import IterableDataset
 from transformers import PreTrainedTokenizerFast
 
+from adamba.data.cuts import IGNORED_LABEL, Cuts, Document
 from adamba.data.render import Renderer
 from adamba.errors import UserError
 
-IGNORED_LABEL = -100
 MIN_PIECE = 16  # tokens; a room smaller than this is left to padding rather than filled with a scrap
 ROW_COLUMNS = ["text", "messages", "tools", "source"]
-
-Document = tuple[list[int], list[int], str]  # ids, labels, source
 
 
 def pack_rows(
@@ -26,6 +24,7 @@ def pack_rows(
     *,
     assistant_only_loss: bool = False,
     one_source_per_row: bool = False,
+    cut_conversations: bool = False,
     documents_per_batch: int = 1024,
     seed: int = 0,
 ) -> IterableDataset:
@@ -33,8 +32,8 @@ def pack_rows(
 
     Each output row is `{"input_ids", "labels", "position_ids"}` of exactly `max_length`, and `"source"`.
     `position_ids` restart at 0 at each document, and no label asks for the first token of a document. Padding is its
-    own document with labels -100. A document longer than `max_length` is split, a shorter one never. `source` names
-    the source of the row's tokens, or is `"mixed"`.
+    own document with labels -100. A document longer than `max_length` is split, or cut with `cut_conversations`; a
+    shorter one never. `source` names the source of the row's tokens, or is `"mixed"`.
 
     Documents are packed in batches of `documents_per_batch`, each on its own, so sharding is the stream's and resume
     by `state_dict` is exact. The order of the rows of a batch is shuffled, seeded.
@@ -42,9 +41,12 @@ def pack_rows(
     Args:
         assistant_only_loss: labels only on what the assistant wrote (text rows keep all labels).
         one_source_per_row: never mix sources in a row, so that the loss can be logged by source.
+        cut_conversations: a conversation longer than `max_length` is cut there, as TRL's `bfd` does, and counted: its
+            second part would be learnt without the question. Text is split all the same.
 
     Raises:
-        UserError: `max_length` below 2, or a tokenizer without a chat template.
+        UserError: `max_length` below 2 or a tokenizer without a chat template; and when rows are read, `max_length` so
+            short that cutting leaves nothing to learn in a batch.
     """
     if max_length < 2:
         raise UserError(f"max_length: {max_length} is too small, expected at least 2")
@@ -55,6 +57,7 @@ def pack_rows(
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         assistant_only_loss=assistant_only_loss,
         one_source_per_row=one_source_per_row,
+        cuts=Cuts(max_length) if cut_conversations else None,
         seed=seed,
     )
     return stream.map(
@@ -72,7 +75,7 @@ def tokenize_rows(
 ) -> IterableDataset:
     """One document a row, `{"input_ids", "labels", "source"}`: `pack_rows` without the packing.
 
-    A longer document is cut at `max_length`; one that has no label left is dropped.
+    A longer document is cut at `max_length`; one that has no label left is dropped. The log counts both.
 
     Raises:
         UserError: `max_length` below 2 or a tokenizer without a chat template; and when rows are read, `max_length` so
@@ -83,7 +86,7 @@ def tokenize_rows(
     tokenize = partial(
         _tokenize_batch,
         renderer=Renderer(tokenizer),
-        max_length=max_length,
+        cuts=Cuts(max_length),
         assistant_only_loss=assistant_only_loss,
     )
     return stream.map(tokenize, batched=True, batch_size=documents_per_batch, remove_columns=ROW_COLUMNS)
@@ -172,17 +175,11 @@ def _documents(batch: dict[str, list], renderer: Renderer, assistant_only_loss: 
 
 
 def _tokenize_batch(
-    batch: dict[str, list], *, renderer: Renderer, max_length: int, assistant_only_loss: bool
+    batch: dict[str, list], *, renderer: Renderer, cuts: Cuts, assistant_only_loss: bool
 ) -> dict[str, list]:
-    documents = _documents(batch, renderer, assistant_only_loss)
-    cut = [(ids[:max_length], [IGNORED_LABEL, *labels[1:max_length]], source) for ids, labels, source in documents]
-    kept = [document for document in cut if any(label != IGNORED_LABEL for label in document[1])]
-    if not kept:
-        raise UserError(
-            f"max_length: {max_length} cuts off everything to learn in {len(cut)} rows, the longest of which has "
-            f"{max(len(ids) for ids, _, _ in documents)} tokens"
-        )
-    columns = zip(*kept, strict=True)
+    documents = cuts.apply(_documents(batch, renderer, assistant_only_loss))
+    labelled = [(ids, [IGNORED_LABEL, *labels[1:]], source) for ids, labels, source in documents]
+    columns = zip(*labelled, strict=True)
     return {name: list(values) for name, values in zip(("input_ids", "labels", "source"), columns, strict=True)}
 
 
@@ -195,15 +192,19 @@ def _pack_batch(
     pad_id: int,
     assistant_only_loss: bool,
     one_source_per_row: bool,
+    cuts: Cuts | None,
     seed: int,
 ) -> dict[str, list]:
+    documents = _documents(batch, renderer, assistant_only_loss)
+    if cuts is not None and "messages" in batch:
+        documents = cuts.apply(documents, [messages is not None for messages in batch["messages"]])
     groups: dict[str, list[Document]] = {}
-    for document in _documents(batch, renderer, assistant_only_loss):
+    for document in documents:
         groups.setdefault(document[2] if one_source_per_row else "", []).append(document)
     packed = []
-    for documents in groups.values():
-        for pieces in best_fit([len(ids) for ids, _, _ in documents], max_length):
-            packed.append(_join(documents, pieces, max_length, pad_id))
+    for group in groups.values():
+        for pieces in best_fit([len(ids) for ids, _, _ in group], max_length):
+            packed.append(_join(group, pieces, max_length, pad_id))
     random.Random(f"{seed}/{indices[0]}").shuffle(packed)
     return {column: [row[column] for row in packed] for column in ("input_ids", "labels", "position_ids", "source")}
 

@@ -12,7 +12,8 @@ from trl import SFTConfig, SFTTrainer
 
 from adamba.data import load_mixture, pack_rows
 from adamba.data.arguments import DataArguments
-from adamba.data.packing import IGNORED_LABEL, tokenize_rows
+from adamba.data.cuts import IGNORED_LABEL
+from adamba.data.packing import tokenize_rows
 from adamba.errors import UserError
 from adamba.training.caps import SpendingCaps
 from adamba.training.elastic import ElasticArguments, ElasticLossMixin
@@ -22,7 +23,10 @@ from adamba.training.optimizers import OptimizerKeys, OptimizerMixin
 
 @dataclass
 class MixSFTConfig(SpendingCaps, HubKeys, OptimizerKeys, SFTConfig):
-    """`SFTConfig` and the size of the evaluation. `packing` means this package's best fit."""
+    """`SFTConfig` and the size of the evaluation. `packing` means this package's best fit.
+
+    A conversation longer than `max_length` is cut, packed or not; the log says how many were.
+    """
 
     num_eval_rows: int = field(
         default=32, metadata={"help": "Held-out rows of each source that the loss is taken on."}
@@ -50,7 +54,7 @@ def token_rows(
     rows = load_mixture(mix, **data_args.mixture_options(split))
     options = {"assistant_only_loss": args.assistant_only_loss}
     if args.packing:
-        options |= {"one_source_per_row": True, "seed": data_args.mix_seed}
+        options |= {"one_source_per_row": True, "cut_conversations": True, "seed": data_args.mix_seed}
         return pack_rows(rows, tokenizer, args.max_length, **options)
     return tokenize_rows(rows, tokenizer, args.max_length, **options)
 
