@@ -26,6 +26,7 @@ from adamba.training.freezing import freeze_idle
 from adamba.training.hub_keys import HubKeys
 from adamba.training.lora import LoraArguments, merge_adapters, peft_config
 from adamba.training.optimizers import OptimizerKeys, OptimizerMixin
+from adamba.training.preference_lengths import check_lengths
 from adamba.training.session import finish, logger, measures, start, train
 
 
@@ -92,6 +93,7 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=peft_config(lora_args),
     )
+    check_lengths(trainer.train_dataset, len(rows), args)
     trained = train(trainer)
     merge_adapters(trainer)
     accuracies = [entry["rewards/accuracies"] for entry in trainer.state.log_history if "rewards/accuracies" in entry]

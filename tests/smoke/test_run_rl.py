@@ -132,6 +132,7 @@ def test_grpo_on_what_is_not_solved_yet(
         ("run_grpo.py", {"unsolved_fraction": 2.0}, "unsolved_fraction: 2.0 must be above 0 and at most 1"),
         ("run_grpo.py", {"task_settings": {"calculator": {"size": 3}}}, "unknown key 'size'"),
         ("run_dpo.py", {"num_pairs": 0}, "num_pairs: 0"),
+        ("run_dpo.py", {"max_length": 20}, "max_length: 20 leaves nothing to learn in"),
         ("run_dpo.py", {"imitated": ["calculator"]}, "imitated: ['calculator'] teaches nothing with loss_type"),
         ("run_dpo.py", {"imitated": ["chess"], "loss_type": ["sft"]}, "imitated: 'chess' is not in the mix"),
         ("run_dpo.py", {"data_files": {"pairs": "no.jsonl"}, "mix": {"pairs": 1.0}}, "no.jsonl: cannot read"),
