@@ -1,9 +1,13 @@
+import json
+
 import pytest
 
+from adamba.data import train_tokenizer
+from adamba.data.formats import FORMATS
 from adamba.errors import UserError
 from adamba.tasks import TASKS
 from adamba.training.agent_rows import read_pairs
-from adamba.training.play import Episode
+from adamba.training.play import Episode, ToolResultIds, _start, _take_turn
 from adamba.training.rollouts import preference_pairs, rollout_metrics, rollout_rows, trajectory
 
 
@@ -70,3 +74,45 @@ def test_pairs_are_what_dpo_reads(tmp_path):
     run_rollout.write_lines(tmp_path / "pairs.jsonl", pairs)
     [row] = read_pairs(str(tmp_path / "pairs.jsonl"))
     assert row["chosen"][0]["content"] == "right" and row["rejected"][0]["content"] == "wrong"
+
+
+def spoken(turns):
+    """A calculator's episode in which the model says `turns`; and the tokenizer."""
+    row = rows()[0]
+    tokenizer = train_tokenizer([json.dumps(TASKS["calculator"].example(seed, "train")) for seed in range(20)], 400)
+    live, result_ids = _start(tokenizer, row), ToolResultIds(tokenizer)
+    for turn in turns:
+        _take_turn(
+            live, [*tokenizer.encode(turn, add_special_tokens=False), tokenizer.eos_token_id], tokenizer, result_ids
+        )
+    live.episode.outcome = live.environment._outcome(live.episode.final_text)
+    return trajectory(live.episode, success_score=1.0), tokenizer, live.ids
+
+
+def good_turns():
+    row = rows()[0]
+    arguments = json.dumps({"expression": row["expression"]})
+    call = f'<tool_call>\n{{"name": "calculator", "arguments": {arguments}}}\n</tool_call>'
+    return call, f'{row["expression"]} # Answer: "{row["answer"]}"'
+
+
+def test_a_call_that_cannot_be_read_is_rejected_as_it_was_written():
+    call, answer = good_turns()
+    broken = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "12 + }\n</tool_call>'
+    good, tokenizer, _ = spoken([call, answer])
+    bad, _, ids = spoken([broken, "I do not know"])
+    assert good["success"] and not bad["success"] and bad["invalid_calls"] == 1
+    [pair] = preference_pairs([good, bad])
+    assert pair["rejected"] == [{"role": "assistant", "content": broken}]
+    whole = tokenizer.apply_chat_template(bad["messages"], tools=bad["tools"], tokenize=True, return_dict=False)
+    assert whole == ids
+
+
+def test_a_turn_with_a_thought_is_data_for_sft():
+    call, answer = good_turns()
+    thought = "<think>\nthe tool said it\n</think>\n\n"
+    played_row, tokenizer, ids = spoken([thought + call, thought + answer])
+    assert played_row["success"]
+    row = FORMATS["messages"].convert({"messages": played_row["messages"], "tools": played_row["tools"]})
+    assert row["messages"][-1] == {"role": "assistant", "content": answer, "reasoning_content": "the tool said it"}
+    assert tokenizer.apply_chat_template(row["messages"], tools=row["tools"], tokenize=True, return_dict=False) == ids

@@ -1,5 +1,6 @@
 """The agent loop of evaluation: many episodes at once, one `generate` call a turn for all that are still live."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from adamba.tools import parse_tool_calls, run_tool_call
 
 Message = dict[str, Any]
 Row = dict[str, Any]
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # as the tokenizer's response template has it
 
 
 @dataclass
@@ -20,7 +22,7 @@ class Episode:
 
     Attributes:
         row: The task row it was played from.
-        messages: The whole conversation, prompt included.
+        messages: The whole conversation, prompt included. A turn with a call that could not be read is its text.
         final_text: What the model said last without calling a tool; empty when it never did.
         outcome: The environment's `_outcome`.
         valid_calls: Tool calls that ran and that the environment accepted.
@@ -209,15 +211,22 @@ def _take_turn(item: _Live, new_ids: list[int], tokenizer: PreTrainedTokenizerBa
     item.ids += new_ids
     if new_ids[-1:] != [tokenizer.eos_token_id]:  # cut at `max_new_tokens`: close the turn, as the template has it
         item.ids.append(tokenizer.eos_token_id)
-    content, calls = parse_tool_calls(tokenizer.decode(new_ids, skip_special_tokens=True))
+    text = tokenizer.decode(new_ids, skip_special_tokens=True)
+    thought = THOUGHT.match(text)
+    content, calls = parse_tool_calls(text[thought.end() :] if thought else text)
     message: Message = {"role": "assistant", "content": content}
+    if thought and thought[1].strip():
+        message["reasoning_content"] = thought[1].strip("\n")
     episode.messages.append(message)
     if not calls:
         episode.final_text, episode.finished = content, True
         return False
-    message["tool_calls"] = [
-        {"type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in calls
-    ]
+    if any(call.error for call in calls):  # DPO must reject what was written, not what was understood of it
+        episode.messages[-1] = {"role": "assistant", "content": text}
+    else:
+        message["tool_calls"] = [
+            {"type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in calls
+        ]
     if item.last_turn:  # the environment was done, yet the model called again
         episode.invalid_calls += len(calls)
         return False
