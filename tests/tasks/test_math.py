@@ -118,6 +118,27 @@ def test_grading_by_text_and_number(answer: str, gold: str, same: bool) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "gold", "same"),
+    [
+        (".5", "0.5", True),
+        ("-.5", "-0.5", True),
+        (".5", "5", False),
+        ("$ 5. $", "5", True),
+        ("3,4", "34", False),
+        ("1,2,3", "123", False),
+        ("1,234,567.5", "1234567.5", True),
+        ("-1,000/2", "-500", True),
+        ("12,34", "1234", False),
+        ("1234,567", "1234567", False),
+        ("0.123,456", "0.123456", False),
+    ],
+)
+def test_points_and_commas_in_numbers(answer: str, gold: str, same: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grading, "has_math_verify", lambda: False)
+    assert is_same_answer(answer, gold) is same
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "same"),
     [("\\frac{1}{2}", "0.5", True), ("\\sqrt{2}/2", "\\frac{1}{\\sqrt{2}}", True), ("\\frac{1}{3}", "0.5", False)],
 )
 def test_grading_by_math_verify(answer: str, gold: str, same: bool) -> None:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 MAX_CHARACTERS = 100
 MARKER = "Answer:"
 NUMBER = re.compile(r"-?(?:\d{1,15}(?:\.\d{1,15})?|\.\d{1,15})(?:/\d{1,15})?")
+THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 # More than one power, an exponent of three digits or an exponent in brackets with digits, a factorial.
 COSTLY = re.compile(r"(?:\^|\*\*).*(?:\^|\*\*)|(?:\^|\*\*)\s*[{(]?\s*-?\d{3}|!|\d{16}")
 
@@ -60,7 +61,7 @@ def _plain(text: str) -> str:
 
 
 def _number(text: str) -> Fraction | None:
-    text = text.replace(",", "").strip("$ .")
+    text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text.strip("$ ").removesuffix(".").rstrip("$ "))
     if not NUMBER.fullmatch(text):
         return None
     numerator, _, denominator = text.partition("/")
