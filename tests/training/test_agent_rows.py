@@ -120,6 +120,17 @@ def test_bad_trajectories_are_refused_by_line(text: str, message: str, tmp_path:
     assert "\n" not in str(error.value)
 
 
+def test_other_line_separators_may_stand_inside_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    pair = PAIR | {"prompt": [{"role": "user", "content": "a\u2028b\u0085c"}]}
+    path.write_text(json.dumps(pair, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    [row] = read_pairs(str(path))
+    assert row["prompt"][0]["content"] == "a\u2028b\u0085c"
+    path.write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(ValueError, match=r"pairs.jsonl: cannot read these trajectories: not UTF-8 at byte 12"):
+        read_pairs(str(path))
+
+
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(ValueError, match="nowhere.jsonl: cannot read"):
         read_pairs("nowhere.jsonl")

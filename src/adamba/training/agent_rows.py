@@ -105,9 +105,12 @@ def read_pairs(path: str) -> list[Row]:
         UserError: naming the file and the line that is not a pair of two different answers to one prompt.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: inside a JSON text a line may hold other separators, as U+2028.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise UserError(f"{path}: cannot read these trajectories: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot read these trajectories: not UTF-8 at byte {error.start}") from None
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
