@@ -56,6 +56,18 @@ def test_parquet_csv_text_and_compressed(tmp_path):
     assert list(read_records(write(tmp_path / "a.json.gz", gzip.compress(array().encode())))) == RECORDS
 
 
+def test_long_csv_fields_are_read_and_longer_ones_make_a_bad_file(tmp_path, monkeypatch, caplog):
+    path = write(tmp_path / "a.csv", "text\nshort\n" + "a" * 200_000 + "\nlast\n")
+    assert [len(record["text"]) for record in read_records(path)] == [5, 200_000, 4]
+    monkeypatch.setattr(files, "MAX_RECORD_CHARACTERS", 1000)
+    with pytest.raises(
+        UserError, match=r"a\.csv: not CSV after line 2 \(field larger than field limit \(1000\)\); mend"
+    ):
+        list(read_records(path))
+    assert list(read_records(path, "skip")) == [{"text": "short"}]
+    assert "1 whole records kept" in caplog.text
+
+
 def test_archives_and_folders(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("data/b.json", array())

@@ -20,7 +20,7 @@ OnBadFile = Literal["stop", "skip"]
 Record = dict[str, Any]
 
 CHUNK_BYTES = 1 << 20
-MAX_RECORD_CHARACTERS = 1 << 26
+MAX_RECORD_CHARACTERS = 1 << 26  # of a JSON record, or of a CSV field
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt", ".md")
 _OPENERS: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".bz2": BZ2File, ".xz": lzma.open}
 _WHITE = " \t\r\n"
@@ -103,8 +103,7 @@ def _read_stream(stream: IO[bytes], label: str, name: str, on_bad_file: OnBadFil
     elif name.endswith(".parquet"):
         yield from _read_parquet(stream, label, on_bad_file)
     elif name.endswith((".csv", ".tsv")):
-        text = io.TextIOWrapper(stream, encoding="utf-8", newline="", errors="replace")
-        yield from csv.DictReader(text, delimiter="\t" if name.endswith(".tsv") else ",")
+        yield from _read_csv(stream, label, "\t" if name.endswith(".tsv") else ",", on_bad_file)
     elif name.endswith((".txt", ".md")):
         yield {"text": stream.read().decode("utf-8", errors="replace")}
     else:
@@ -125,6 +124,20 @@ def _read_lines(stream: IO[bytes], label: str, on_bad_file: OnBadFile) -> Iterat
                 yield _as_record(record, label, kept)
                 kept += 1
         start += len(line)
+
+
+def _read_csv(stream: IO[bytes], label: str, delimiter: str, on_bad_file: OnBadFile) -> Iterator[Record]:
+    csv.field_size_limit(MAX_RECORD_CHARACTERS)  # Python's own limit, 131,072 characters, is less than many documents
+    reader = csv.DictReader(
+        io.TextIOWrapper(stream, encoding="utf-8", newline="", errors="replace"), delimiter=delimiter
+    )
+    kept = 0
+    try:
+        for record in reader:
+            yield record
+            kept += 1
+    except csv.Error as error:
+        _bad(on_bad_file, f"{label}: not CSV after line {reader.line_num} ({error})", kept)
 
 
 def _read_parquet(stream: IO[bytes], label: str, on_bad_file: OnBadFile) -> Iterator[Record]:
