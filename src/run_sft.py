@@ -60,7 +60,8 @@ def main() -> None:
         trained |= set_budget(trainer, router_args.router_budget, data_args.mix)
     merge_adapters(trainer)
     rows_seen = trained["train_steps"] * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    metrics = trained | measures(trainer, trained["train_seconds"], rows_seen * args.max_length, args.max_length)
+    tokens_seen = trainer.state.num_input_tokens_seen or rows_seen * args.max_length  # packed rows all have max_length
+    metrics = trained | measures(trainer, trained["train_seconds"], tokens_seen, tokens_seen // rows_seen)
     finish(trainer, tokenizer, output_dir, recipe, metrics, inputs)
 
 

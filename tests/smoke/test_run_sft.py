@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import run_sft
 from adamba.data import train_tokenizer
 from adamba.model import AdambaForCausalLM
+from adamba.training.sft import RowCollator
 from models import smallest_config
 
 pytestmark = pytest.mark.smoke
@@ -77,8 +78,19 @@ def test_packed_sft_learns_and_logs_each_source(monkeypatch, recipe, tmp_path):
 
 
 def test_rows_can_stand_alone(monkeypatch, recipe, tmp_path):
+    lengths = []
+    collate = RowCollator.__call__
+
+    def watched(self, rows):
+        if len(lengths) < 4:  # the rows of training come before those of the evaluation
+            lengths.extend(len(row["input_ids"]) for row in rows)
+        return collate(self, rows)
+
+    monkeypatch.setattr(RowCollator, "__call__", watched)
     run(monkeypatch, recipe(packing=False, max_steps=2))
-    assert json.loads((tmp_path / "out/metrics.json").read_text())["train_loss"] > 0
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["train_loss"] > 0
+    assert metrics["tokens_seen"] == sum(lengths) < 4 * 192
 
 
 def test_lora_is_merged_into_a_whole_checkpoint(monkeypatch, recipe, base, tmp_path):

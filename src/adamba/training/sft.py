@@ -41,6 +41,10 @@ class MixSFTConfig(SpendingCaps, HubKeys, OptimizerKeys, SFTConfig):
             raise UserError("max_length: null is too long, give the tokens of a row")
         if self.packing and self.packing_strategy != "bfd":
             raise UserError(f"packing_strategy: {self.packing_strategy!r} is not supported, use 'bfd' (best fit)")
+        if not self.packing and self.include_num_input_tokens_seen == "no":  # type: ignore[has-type]
+            self.include_num_input_tokens_seen = (
+                "non_padding"  # rows differ in length: the Trainer counts their tokens
+            )
 
 
 def token_rows(
