@@ -151,3 +151,20 @@ def test_settings_reach_the_task(monkeypatch):
     monkeypatch.setitem(TASKS, "calculator", type("Stub", (), {"example": staticmethod(example)}))
     take(load_mixture({"calculator": 1}, split="train", seed=0, settings={"calculator": {"max_depth": 2}}), 2)
     assert seen == [{"max_depth": 2}] * 2
+
+
+def test_each_rank_draws_its_sources_in_an_order_of_its_own(tmp_path):
+    def sources_of(rank, num_ranks, **changes):
+        options = {"split": "train", "seed": 0, "rank": rank, "num_ranks": num_ranks} | changes
+        stream = load_mixture(options.pop("mix", MIX), **options)
+        if stream.num_shards >= num_ranks:
+            stream = stream.shard(num_ranks, rank)
+        return [row["source"] for row in itertools.islice(stream, 300)]
+
+    first, second, third = (sources_of(rank, 4) for rank in range(3))
+    assert sources_of(0, 1) == first  # alone as ever
+    assert first != second != third != first
+    assert sources_of(1, 4) == second and set(second) == set(MIX)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"{number}"}) for number in range(99)))
+    short = {"mix": {"fineweb": 1.0, "calculator": 1.0}, "data_files": {"fineweb": str(tmp_path / "a.jsonl")}}
+    assert sources_of(0, 2, **short) == sources_of(1, 2, **short)  # one shard: both read it all, and share the rows

@@ -70,6 +70,8 @@ def load_mixture(
     data_files: Mapping[str, str] | None = None,
     cards_dir: str = "data_cards",
     on_bad_file: OnBadFile = "stop",
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> IterableDataset:
     """A stream of rows drawn from `mix` by relative weights (per row, not per token).
 
@@ -82,6 +84,8 @@ def load_mixture(
         settings: task → keyword arguments of its generator.
         data_files: source → local file, folder or archive that stands in for the Hub.
         on_bad_file: `stop` at a file that is cut off or broken, or `skip` to keep what is whole.
+        rank, num_ranks: of the process that will read its part of the shards: each draws its sources in an order of
+            its own, where there are shards for all. Otherwise all ranks have the same source at the same time.
 
     Raises:
         UserError: an unknown source, a bad weight, data that cannot be reached, settings for what is no task, or files
@@ -105,10 +109,14 @@ def load_mixture(
         stream = streams[0]
     else:
         total = sum(mix.values())
+        order = seed
+        # With fewer shards than ranks each rank reads everything and takes every n-th row: those must be the same.
+        if rank and min(stream.num_shards for stream in streams) >= num_ranks:
+            order = random.Random(f"{seed}/rank {rank}").getrandbits(63)
         stream = interleave_datasets(
             streams,
             probabilities=[weight / total for weight in mix.values()],
-            seed=seed,
+            seed=order,
             stopping_strategy="all_exhausted",
         )
     dereference = partial(_dereference, split=split, settings={name: dict(settings.get(name, {})) for name in mix})

@@ -31,6 +31,13 @@ class MixSFTConfig(SpendingCaps, HubKeys, OptimizerKeys, SFTConfig):
     num_eval_rows: int = field(
         default=32, metadata={"help": "Held-out rows of each source that the loss is taken on."}
     )
+    own_order_per_rank: bool = field(
+        default=True,
+        metadata={
+            "help": "With several processes, each draws the sources of its rows in an order of its own; false: all "
+            "have the same source in the same row, so a batch is less of a mix."
+        },
+    )
     trust_remote_code: bool = field(default=False, init=False)  # ModelArguments has the key
 
     def __post_init__(self) -> None:
@@ -55,7 +62,8 @@ def token_rows(
     args: MixSFTConfig,
 ) -> IterableDataset:
     """A stream of tokenized rows of `mix`, packed if the recipe says so."""
-    rows = load_mixture(mix, **data_args.mixture_options(split))
+    ranks = {"rank": args.process_index, "num_ranks": args.world_size} if args.own_order_per_rank else {}
+    rows = load_mixture(mix, **data_args.mixture_options(split, **ranks))
     options = {"assistant_only_loss": args.assistant_only_loss}
     if args.packing:
         options |= {"one_source_per_row": True, "cut_conversations": True, "seed": data_args.mix_seed}
