@@ -5,6 +5,9 @@
 
 The solver makes one and the same best move in a position. Games begin on the empty board or in a random legal
 position, against opponents of mixed strength, so every reachable position occurs.
+
+There are few games: a `test` instance has a seed that `train` never has, yet most of its games occur there too (the
+data card has the shares). What an agent can do shows in play against the opponents.
 """
 
 import random
@@ -86,7 +89,7 @@ class Game:
     game_seed: int
 
     def key(self) -> str:
-        """Text that identifies the instance, for its split."""
+        """Text that identifies the instance, for its split; with another seed the same game may be in the other."""
         return f"{self.board}/{self.opponent}/{self.strength}/{self.game_seed}"
 
 

@@ -145,7 +145,8 @@ def play_tasks(
 ) -> dict[str, float]:
     """
     Scores on held-out instances. Tic-tac-toe is played against each opponent, half the games on each side, from the
-    empty board. Processes share the episodes; each gets the scores of all.
+    empty board; held out is there only the seed of the opponent's moves. Processes share the episodes; each gets the
+    scores of all.
     """
     state = PartialState()
     metrics: dict[str, float] = {}
