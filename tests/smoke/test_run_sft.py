@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 import yaml
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_sft
@@ -91,6 +93,29 @@ def test_rows_can_stand_alone(monkeypatch, recipe, tmp_path):
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics["train_loss"] > 0
     assert metrics["tokens_seen"] == sum(lengths) < 4 * 192
+
+
+def test_the_held_out_loss_is_of_the_mean_token_whatever_the_batch_size(monkeypatch, recipe):
+    evaluate, losses = run_sft.evaluate_sources, []
+
+    def at_each_size(trainer, mix):
+        for size in (1, 2, 5):
+            trainer.args.per_device_eval_batch_size = size
+            losses.append(evaluate(trainer, mix))
+        totals = torch.zeros(2, dtype=torch.float64)
+        for row in trainer.eval_dataset["tic_tac_toe"]:
+            batch = trainer.data_collator([row])
+            with torch.no_grad():
+                logits = trainer.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            total = cross_entropy(logits[0, :-1], batch["labels"][0, 1:], reduction="sum")
+            totals += torch.tensor([total, (batch["labels"][0, 1:] != -100).sum()])
+        losses.append(losses[0] | {"eval_loss_tic_tac_toe": (totals[0] / totals[1]).item()})
+        return losses[0]
+
+    monkeypatch.setattr(run_sft, "evaluate_sources", at_each_size)
+    run(monkeypatch, recipe(packing=False, max_steps=1))
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_lora_is_merged_into_a_whole_checkpoint(monkeypatch, recipe, base, tmp_path):

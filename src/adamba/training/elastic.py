@@ -131,8 +131,9 @@ class Tally:
         self.sums: dict[str, torch.Tensor] = {}
 
     def add(self, key: str, values: torch.Tensor, count: torch.Tensor | float) -> None:
+        """`count` is of all the values, or of each."""
         values = values.detach().cpu() if values.device.type == "mps" else values.detach()  # MPS has no fp64
-        count = torch.as_tensor(count, dtype=torch.float64, device=values.device)
+        count = torch.as_tensor(count, dtype=torch.float64, device=values.device).sum()
         entry = torch.stack((values.double().sum(), count))
         self.sums[key] = self.sums[key] + entry if key in self.sums else entry
 
@@ -268,6 +269,7 @@ class ElasticLossMixin:
 
     elastic_args: ElasticArguments = ElasticArguments()
     _tally: Tally | None = None
+    _held_out: Tally = Tally()  # of the evaluation that runs
     _draw_place: tuple[int, int] = (-1, -1)
 
     @property
@@ -301,9 +303,19 @@ class ElasticLossMixin:
             loss = losses.sum() / num_items
             if model.training:
                 by_source(self.tally, losses, counted, sources)
+            else:  # gathered as the Trainer gathers: rows that are there twice, to fill the last batch, go
+                self._held_out.add("loss", *self.accelerator.gather_for_metrics((losses.sum(1), counted.sum(1))))
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """The Trainer's, with the loss of the mean token; its own mean of batch means depends on the batch size."""
+        self._held_out = Tally()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for loss in self._held_out.means().values():
+            output.metrics[f"{metric_key_prefix}_loss"] = loss
+        return output
 
     def _place(self) -> tuple[int, int]:
         """(optimizer step, micro-batch within it)."""
