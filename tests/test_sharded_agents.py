@@ -5,10 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import run_dpo  # noqa: F401  before the forks: each of them would import it anew
 import run_grpo
 from adamba.model import AdambaForCausalLM
+from adamba.training import at_grpo
 from adamba.training.agent_trainer import AgentGRPOTrainer
 from adamba.training.checkpoints import fault
 from adamba.training.sharding import saved_by
@@ -17,6 +20,15 @@ from test_sharding import SAVED_BY
 from tiny_runs import DPO, GRPO, save_agent, write_recipe
 
 SAVING = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+TEAM = {  # one game at a time: the two speak by turns
+    "mix": {"plan_path": 1.0},
+    "roles": {"actor": {}, "planner": {}},
+    "policy": "per_role",
+    "num_parallel_games": 1,
+    "lora_r": 4,
+    "learning_rate": 0.01,
+    "weight_decay": 0.1,
+}
 LORA = ("--use_peft", "true", "--lora_r", "4", "--learning_rate", "0.01")
 
 
@@ -110,6 +122,46 @@ def test_processes_keep_in_step_where_one_has_nothing_to_learn(folder: Path, tmp
     assert_close(tmp_path / "rows_with_an_advantage", tmp_path / "all_rows")
     with pytest.raises(AssertionError):
         assert_close(folder / "model", tmp_path / "all_rows")
+
+
+@pytest.mark.parametrize("config", ["ddp_cpu", "zero2"])
+@pytest.mark.parametrize("rows", [8, 24], ids=["one role a process", "both"])
+def test_roles_absent_from_a_step_stay_as_they_are(
+    folder: Path, rows: int, config: str, tmp_path: Path, monkeypatch
+) -> None:
+    if config == "zero2":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is for Linux")
+    measures = run_grpo.measures
+
+    def lora_weights(trainer):
+        return [(name, value) for name, value in trainer.model.named_parameters() if "lora_" in name]
+
+    def keep_weights(trainer, *args):
+        weights = {name: torch.tensor(value.tolist()) for name, value in lora_weights(trainer)}
+        torch.save(weights, tmp_path / f"rank{os.environ['RANK']}.pt")
+        return measures(trainer, *args)
+
+    def team(completions, **_) -> list[float]:
+        """A random model's candidates all score alike; these do not."""
+        return [float(len(json.dumps(completion)) % 7) for completion in completions]
+
+    monkeypatch.setattr(run_grpo, "measures", keep_weights)
+    monkeypatch.setattr(at_grpo, "team", team)
+    recipe = GRPO | SAVING | TEAM | {"model_name_or_path": str(folder / "model"), "num_prompts": 32, "save_steps": 1}
+    recipe = {key: value for key, value in recipe.items() if key not in ("per_device_train_batch_size", "rewards")}
+    path = write_recipe(tmp_path / "team.yaml", recipe)
+    launch(2, tmp_path, path, "--output_dir", tmp_path / "out", config=config, rows=rows, script="run_grpo.py")
+    one, other = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+    if rows == 8 and config == "ddp_cpu":  # the actors spoke in steps 1 and 3, the planners in step 2
+        saved = checkpoints(tmp_path / "out")
+        for step, moved, kept in ((2, "planner", "actor"), (3, "actor", "planner")):
+            for role in (moved, kept):
+                files = [
+                    saved / f"checkpoint-{number}/{role}/adapter_model.safetensors" for number in (step - 1, step)
+                ]
+                before, after = map(load_file, files)
+                assert all(before[name].equal(after[name]) for name in before) == (role == kept), (step, role)
 
 
 @pytest.mark.parametrize(("config", "split"), [("zero3", "ZeRO-3"), ("fsdp2", "FSDP")])

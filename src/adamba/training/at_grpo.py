@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from adamba.errors import UserError
 from adamba.tasks.roles import Role
 from adamba.training.agent_rows import own_columns
 from adamba.training.agent_trainer import AgentGRPOTrainer
 from adamba.training.games import Game, Group, play_games
-from adamba.training.role_adapters import activate, save_roles, train_all_roles
+from adamba.training.role_adapters import activate, role_weights, save_roles, train_all_roles
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,15 @@ class AtGrpoTrainer(AgentGRPOTrainer):
         self._groups: list[Group] = []
         self._games: list[Game] = []
         self._row_roles: torch.Tensor | None = None
+        self._taught_roles: set[int] = set()  # whose adapters have a gradient on this process since the last step
         # TRL would copy an adapter named "default" as the reference; ours is the base, with all adapters off.
         beta = args.beta
         if team_settings.per_role:
             args.beta = 0.0
         super().__init__(reward_funcs=[team, local], rollout_func=self._play_batch, **kwargs)
         self.beta = args.beta = beta
+        if team_settings.per_role and args.world_size > 1:
+            self.add_callback(_OnlyTaughtRolesMove(self))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.team_settings.per_role:
@@ -209,9 +213,21 @@ class AtGrpoTrainer(AgentGRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         self._row_roles = inputs["role_index"]
-        if self.team_settings.per_role:
-            train_all_roles(self.accelerator.unwrap_model(model))  # the reference's pass has frozen some
-        return super()._compute_loss(model, inputs)
+        if not self.team_settings.per_role:
+            return super()._compute_loss(model, inputs)
+        whole = self.accelerator.unwrap_model(model)
+        train_all_roles(whole)  # the reference's pass has frozen some
+        loss = super()._compute_loss(model, inputs)
+        if self.args.world_size > 1:
+            # Processes wait for a gradient of every adapter, and a batch may hold rows of some roles only.
+            present = set(inputs["role_index"].unique().tolist())
+            self._taught_roles |= present
+            for index in set(range(len(self.team_settings.roles))) - present:
+                loss = loss + 0.0 * sum(weight.sum() for weight in role_weights(whole, self._role_name(index)))
+        return loss
+
+    def _role_name(self, index: int) -> str:
+        return self.team_settings.roles[index].name
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any
@@ -225,10 +241,31 @@ class AtGrpoTrainer(AgentGRPOTrainer):
         parts, order = [], []
         for index in self._row_roles.unique().tolist():
             own = (self._row_roles == index).nonzero().squeeze(1)
-            activate(self.accelerator.unwrap_model(model), self.team_settings.roles[index].name)
+            activate(self.accelerator.unwrap_model(model), self._role_name(index))
             parts.append(parent(model, input_ids[own], attention_mask[own], *rest, **kwargs))
             order.append(own)
         back = torch.cat(order).argsort()
         logps = torch.cat([part[0] for part in parts])[back]
         entropies = None if parts[0][1] is None else torch.cat([part[1] for part in parts])[back]
         return logps, entropies, None
+
+
+class _OnlyTaughtRolesMove(TrainerCallback):
+    """
+    In several processes an adapter that no row of a step was of has a gradient of zeros, by which weight decay and
+    momentum would move it. It gets none instead, as in one process. (DeepSpeed has its own copies, which do move.)
+    """
+
+    def __init__(self, trainer: AtGrpoTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        own = [index in trainer._taught_roles for index in range(len(trainer.team_settings.roles))]
+        trainer._taught_roles.clear()
+        taught = torch.tensor(own, dtype=torch.int, device=args.device)
+        torch.distributed.all_reduce(taught, op=torch.distributed.ReduceOp.MAX)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        for index in (taught == 0).nonzero().flatten().tolist():
+            for weight in role_weights(model, trainer._role_name(index)):
+                weight.grad = None

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import PreTrainedModel
 
 ADAPTERS = "adapters"  # folder of a published checkpoint, one folder a role in it
@@ -23,6 +24,11 @@ def train_all_roles(model: PeftModel) -> None:
     """Let every adapter learn. PEFT freezes all but the active one when adapters are loaded or switched on again."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
+
+
+def role_weights(model: PeftModel, role: str) -> list[nn.Parameter]:
+    """Weights of one role's adapter."""
+    return [parameter for name, parameter in model.named_parameters() if "lora_" in name and f".{role}." in name]
 
 
 def activate(model: PeftModel, role: str) -> None:
