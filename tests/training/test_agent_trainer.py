@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from adamba.data import train_tokenizer
 from adamba.errors import UserError
@@ -79,6 +80,7 @@ def team_trainer(tokenizer, folder: Path, team: TeamSettings, model=None, **chan
         model=model or tiny_model(tokenizer),
         args=config(folder, **changes),
         train_dataset=path_rows(40),
+        eval_dataset=path_rows(changes["num_eval_prompts"]) if "num_eval_prompts" in changes else None,
         processing_class=tokenizer,
     )
 
@@ -193,6 +195,29 @@ def test_each_role_trains_its_own_adapter_and_is_published_with_the_base(
     for role in ("planner", "actor"):
         activate(loaded, role)
         torch.testing.assert_close(loaded.eval()(ids).logits, logits[role])
+
+
+def test_the_best_checkpoint_of_all_roles_is_what_is_published(tokenizer, tmp_path: Path, monkeypatch) -> None:
+    model = add_role_adapters(
+        tiny_model(tokenizer), peft_config(LoraArguments(use_peft=True, lora_r=4)), ["planner", "actor"]
+    )
+    team = TeamSettings(select_roles(TEAM, ENVIRONMENTS["plan_path"]), per_role=True, num_parallel_games=2)
+    each_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"num_eval_prompts": 2, "load_best_model_at_end": True, "metric_for_best_model": "eval_reward"}
+    trainer = team_trainer(
+        tokenizer, tmp_path, team, model, per_device_train_batch_size=16, weight_decay=0.1, **each_step, **best
+    )
+    monkeypatch.setattr(trainer, "evaluate", lambda *args, **kwargs: {"eval_reward": -trainer.state.global_step})
+    trainer.train()
+    assert trainer.state.best_global_step == 1
+    trainer.save_model(str(tmp_path / "published"))
+    for role in ("planner", "actor"):
+        first, last, published = (
+            load_file(tmp_path / folder / role / "adapter_model.safetensors")
+            for folder in ("checkpoint-1", "checkpoint-2", "published/adapters")
+        )
+        assert any(not last[name].equal(value) for name, value in first.items())
+        assert all(published[name].equal(value) for name, value in first.items()), role
 
 
 @pytest.mark.parametrize("per_role", [False, True])

@@ -111,6 +111,15 @@ class AtGrpoTrainer(AgentGRPOTrainer):
             return
         super().save_model(output_dir, _internal_call)
 
+    def _load_best_model(self) -> None:
+        """The Trainer looks for one adapter, and would leave all roles as the last step left them."""
+        if not self.team_settings.per_role or self.is_deepspeed_enabled:
+            super()._load_best_model()
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        for role in self.team_settings.roles:
+            model.load_adapter(Path(self.state.best_model_checkpoint) / role.name, role.name, is_trainable=True)
+
     def _save_rng_state(self, output_dir: str) -> None:
         """What each process keeps of its own: the games that the next batch goes on with, too."""
         super()._save_rng_state(output_dir)
