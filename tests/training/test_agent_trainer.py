@@ -6,61 +6,26 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 
-from adamba.data import train_tokenizer
 from adamba.errors import UserError
 from adamba.model import AdambaForCausalLM
 from adamba.rewards import correctness
 from adamba.tasks import ENVIRONMENTS, TASKS
 from adamba.tasks.roles import select_roles
-from adamba.training.agent_config import AgentConfig, team_settings, tool_call_limit
-from adamba.training.agent_rows import prompt_rows
+from adamba.training.agent_config import team_settings, tool_call_limit
 from adamba.training.agent_trainer import UNREADABLE, AgentGRPOTrainer, answer_unreadable_calls
 from adamba.training.at_grpo import AtGrpoTrainer, TeamSettings
 from adamba.training.lora import LoraArguments, peft_config
 from adamba.training.optimizers import MuonWithAdamW
 from adamba.training.role_adapters import activate, add_role_adapters, load_roles
-from models import smallest_config
+from teams import TEAM, config, path_rows, path_tokenizer, team_trainer, tiny_model
 
-PATH = {"size": 4, "max_steps": 6, "moves_per_call": 2}
-TEAM = {"planner": {}, "actor": {}}
 CALL = '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>'
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer([json.dumps(TASKS["plan_path"].example(seed, "train")) for seed in range(20)], 277)
-
-
-def tiny_model(tokenizer) -> AdambaForCausalLM:
-    torch.manual_seed(0)
-    model = AdambaForCausalLM(smallest_config(len(tokenizer), max_position_embeddings=1024))
-    model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-    return model
-
-
-def path_rows(count: int):
-    return prompt_rows({"plan_path": 1.0}, count, split="train", seed=0, settings={"plan_path": PATH})
-
-
-def config(folder: Path, **changes) -> AgentConfig:
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "per_device_train_batch_size": 8,
-        "num_generations": 4,
-        "max_completion_length": 24,
-        "learning_rate": 1e-2,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "gradient_checkpointing": False,
-    }
-    return AgentConfig(**settings | changes)
+    return path_tokenizer()
 
 
 def scripted(trainer, texts: list[str]) -> None:
@@ -72,17 +37,6 @@ def scripted(trainer, texts: list[str]) -> None:
         return [encode(next(said) + "<|im_end|>") for _ in prompts], None
 
     trainer._generate_single_turn = generate
-
-
-def team_trainer(tokenizer, folder: Path, team: TeamSettings, model=None, **changes) -> AtGrpoTrainer:
-    return AtGrpoTrainer(
-        team_settings=team,
-        model=model or tiny_model(tokenizer),
-        args=config(folder, **changes),
-        train_dataset=path_rows(40),
-        eval_dataset=path_rows(changes["num_eval_prompts"]) if "num_eval_prompts" in changes else None,
-        processing_class=tokenizer,
-    )
 
 
 def test_unreadable_unknown_and_refused_calls_are_answered_and_counted_by_name(tokenizer, tmp_path: Path) -> None:
@@ -195,29 +149,6 @@ def test_each_role_trains_its_own_adapter_and_is_published_with_the_base(
     for role in ("planner", "actor"):
         activate(loaded, role)
         torch.testing.assert_close(loaded.eval()(ids).logits, logits[role])
-
-
-def test_the_best_checkpoint_of_all_roles_is_what_is_published(tokenizer, tmp_path: Path, monkeypatch) -> None:
-    model = add_role_adapters(
-        tiny_model(tokenizer), peft_config(LoraArguments(use_peft=True, lora_r=4)), ["planner", "actor"]
-    )
-    team = TeamSettings(select_roles(TEAM, ENVIRONMENTS["plan_path"]), per_role=True, num_parallel_games=2)
-    each_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    best = {"num_eval_prompts": 2, "load_best_model_at_end": True, "metric_for_best_model": "eval_reward"}
-    trainer = team_trainer(
-        tokenizer, tmp_path, team, model, per_device_train_batch_size=16, weight_decay=0.1, **each_step, **best
-    )
-    monkeypatch.setattr(trainer, "evaluate", lambda *args, **kwargs: {"eval_reward": -trainer.state.global_step})
-    trainer.train()
-    assert trainer.state.best_global_step == 1
-    trainer.save_model(str(tmp_path / "published"))
-    for role in ("planner", "actor"):
-        first, last, published = (
-            load_file(tmp_path / folder / role / "adapter_model.safetensors")
-            for folder in ("checkpoint-1", "checkpoint-2", "published/adapters")
-        )
-        assert any(not last[name].equal(value) for name, value in first.items())
-        assert all(published[name].equal(value) for name, value in first.items()), role
 
 
 @pytest.mark.parametrize("per_role", [False, True])
@@ -342,6 +273,7 @@ def row_steps(row: dict) -> int:
         ({"turn_discount": 0.0}, "turn_discount: 0.0"),
         ({"max_turns": 0}, "max_turns: 0"),
         ({"alpha": -1.0}, "alpha: -1.0"),
+        ({"roles": TEAM, "metric_for_best_model": "loss"}, "metric_for_best_model: loss .* use eval_reward"),
         ({"stray_fraction": 1.5}, "stray_fraction: 1.5 must be between 0 and 1"),
     ],
 )

@@ -38,7 +38,11 @@ class AgentConfig(SpendingCaps, HubKeys, OptimizerKeys, GRPOConfig):
         },
     )
     num_eval_prompts: int = field(
-        default=0, metadata={"help": "Held-out instances for eval_strategy and load_best_model_at_end."}
+        default=0,
+        metadata={
+            "help": "Held-out instances for eval_strategy and load_best_model_at_end. A team plays each "
+            "num_generations_eval times to its end; eval_reward is the mean final score."
+        },
     )
     max_generated_tokens: int | None = field(
         default=None, metadata={"help": "Stop after this many tokens that the model wrote."}
@@ -85,6 +89,10 @@ class AgentConfig(SpendingCaps, HubKeys, OptimizerKeys, GRPOConfig):
             raise UserError(f"stray_fraction: {self.stray_fraction} must be between 0 and 1")
         if self.alpha < 0:
             raise UserError(f"alpha: {self.alpha} must be 0 or more")
+        if self.roles and self.metric_for_best_model in ("loss", "eval_loss"):  # the first is transformers' default
+            raise UserError(
+                f"metric_for_best_model: {self.metric_for_best_model} is not known of a team's games; use eval_reward"
+            )
         if self.policy == "per_role" and not self.roles:
             raise UserError("policy: per_role needs roles, for instance {planner: {}, actor: {}}")
 

@@ -3,7 +3,8 @@
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from types import MethodType
 from typing import Any
@@ -50,6 +51,11 @@ class AgentGRPOTrainer(OptimizerMixin, GRPOTrainer):
             answer_unreadable_calls(self._tokenizer)
 
     def _generate(self, prompts: list) -> Any:
+        with self._keeping_caches():
+            return super()._generate(prompts)
+
+    @contextmanager
+    def _keeping_caches(self) -> Iterator[None]:
         """Caches live as long as the episodes of one batch: the next one has other weights."""
         if not self._said_how:
             self._said_how, why = True, self._reads_anew()
@@ -60,7 +66,7 @@ class AgentGRPOTrainer(OptimizerMixin, GRPOTrainer):
                 self.generation_config, self.eos_token_ids, self._tokenizer.pad_token_id
             )
         try:
-            return super()._generate(prompts)
+            yield
         finally:
             self._conversations = None
 

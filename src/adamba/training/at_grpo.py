@@ -7,12 +7,14 @@ Loss, clipping (`epsilon`), KL (`beta`), entropy and logging are TRL's.
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from adamba.errors import UserError
@@ -88,6 +90,7 @@ class AtGrpoTrainer(AgentGRPOTrainer):
         self._groups: list[Group] = []
         self._games: list[Game] = []
         self._row_roles: torch.Tensor | None = None
+        self._evaluated: dict[str, list[float]] = defaultdict(list)
         self._taught_roles: set[int] = set()  # whose adapters have a gradient on this process since the last step
         # TRL would copy an adapter named "default" as the reference; ours is the base, with all adapters off.
         beta = args.beta
@@ -138,7 +141,7 @@ class AtGrpoTrainer(AgentGRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rows = inputs
         output = super()._generate_and_score_completions(inputs)
-        blocks = output["prompt_ids"].view(len(self._groups), self._group_size, -1)
+        blocks = output["prompt_ids"].view(len(self._groups), self.num_generations, -1)
         if not torch.equal(blocks, blocks[:, :1].expand_as(blocks)):
             raise RuntimeError("AT-GRPO: a block of rows has more than one prompt, so it is not one group")
         turns = self._of_rows([group.turn for group in self._groups])
@@ -149,15 +152,13 @@ class AtGrpoTrainer(AgentGRPOTrainer):
 
     def _play_batch(self, prompts: list, trainer: Any) -> dict[str, Any]:
         """TRL's `rollout_func`: as many rows as prompts, in blocks that are groups."""
-        settings, size = self.team_settings, self._group_size
+        settings, size = self.team_settings, self.num_generations
         seconds = 0.0
 
         def speak(prompt_ids: list[list[int]], role: str) -> list[list[int]]:
             nonlocal seconds
             started = time.perf_counter()
-            if settings.per_role:
-                activate(self.accelerator.unwrap_model(self.model), role)
-            replies, _ = self._generate_single_turn(prompt_ids, None, {}, num_generations=1)
+            replies = self._speak(prompt_ids, role)
             seconds += time.perf_counter() - started
             return replies
 
@@ -174,10 +175,9 @@ class AtGrpoTrainer(AgentGRPOTrainer):
             num_candidates=size,
             num_groups=len(prompts) // size,
             stray_fraction=settings.stray_fraction,
-            begun=self._games if self.model.training else (),
+            begun=self._games,
         )
-        if self.model.training:
-            self._games = [game for game in games if not game.is_over(settings.max_turns)]
+        self._games = [game for game in games if not game.is_over(settings.max_turns)]
         outside = time.perf_counter() - started - seconds
         check_groups(self._groups, size, len(prompts))
         self._row_roles = self._of_rows([group.role_index for group in self._groups])
@@ -195,13 +195,15 @@ class AtGrpoTrainer(AgentGRPOTrainer):
             "local_reward": [candidate.local for candidate in candidates],
         }
 
+    def _speak(self, prompt_ids: list[list[int]], role: str) -> list[list[int]]:
+        if self.team_settings.per_role:
+            activate(self.accelerator.unwrap_model(self.model), role)
+        replies, _ = self._generate_single_turn(prompt_ids, None, {}, num_generations=1)
+        return replies
+
     def _of_rows(self, of_groups: list[int]) -> torch.Tensor:
         values = torch.tensor(of_groups, device=self.accelerator.device)
-        return values.repeat_interleave(self._group_size)
-
-    @property
-    def _group_size(self) -> int:
-        return self.num_generations if self.model.training else self.num_generations_eval
+        return values.repeat_interleave(self.num_generations)
 
     def _log_groups(self) -> None:
         """Share of unusable candidates of each role."""
@@ -209,8 +211,37 @@ class AtGrpoTrainer(AgentGRPOTrainer):
             own = [item.local for group in self._groups if group.role_index == index for item in group.candidates]
             if own:
                 rate = 1.0 - sum(own) / len(own)
-                mode = "train" if self.model.training else "eval"
-                self._metrics[mode][f"games/{role.name}/invalid_action_rate"].append(rate)
+                self._metrics["train"][f"games/{role.name}/invalid_action_rate"].append(rate)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Held-out games, a row each, played to their end by what the roles say: nobody chooses between candidates.
+        `eval_reward` is their mean final score, 1 for all solved, and `eval_games/*` what else is known of them; there
+        is no loss.
+        """
+        self._evaluated.clear()
+        output = super().evaluation_loop(*args, **kwargs)
+        parts = gather_object([dict(self._evaluated)])
+        for name in dict.fromkeys(name for part in parts for name in part):
+            values = [value for part in parts for value in part.get(name, ())]
+            self._metrics["eval"][name] = [sum(values) / len(values)]
+        return output
+
+    def prediction_step(self, model: Any, inputs: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
+        roles, max_turns = self.team_settings.roles, self.team_settings.max_turns
+        rows = map(own_columns, inputs)
+        with self._keeping_caches():
+            groups, games = play_games(
+                rows, roles, self._tokenizer, self._speak, max_turns=max_turns, num_parallel=len(inputs)
+            )
+        for game in games:
+            self._evaluated["reward"].append(game.outcome["score"])
+            self._evaluated["games/success"].append(float(game.success))
+            self._evaluated["games/num_turns"].append(game.turn + (game.agent > 0))
+        for group in groups:
+            name = f"games/{roles[group.role_index].name}/invalid_action_rate"
+            self._evaluated[name].append(1.0 - group.candidates[0].local)
+        return None, None, None
 
     def _teaches(self, inputs: dict[str, Any]) -> torch.Tensor:
         """And the first row of each role: DDP waits for a gradient of every adapter that a step uses elsewhere."""
