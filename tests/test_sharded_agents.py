@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,18 @@ def test_grpo_under_zero2_is_grpo(folder: Path, tmp_path: Path, monkeypatch) -> 
     with pytest.raises(AssertionError):
         assert_close(folder / "model", tmp_path / "zero2")
     assert_published(tmp_path / "zero2", "zero2", tmp_path / "ddp_cpu")
+
+
+def test_processes_go_on_with_what_each_of_them_generated(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(run_grpo, "select_rewards", uneven_rewards)
+    words = ("--save_steps", "1", "--steps_per_generation", "2", "--gradient_accumulation_steps", "1")
+    options = {"config": "ddp_cpu", "rows": 8, "script": "run_grpo.py"}
+    launch(2, tmp_path, folder / "grpo.yaml", "--output_dir", tmp_path / "whole", *words, **options)
+    for step in (2, 3):
+        shutil.rmtree(checkpoints(tmp_path / "whole") / f"checkpoint-{step}")
+    words += ("--resume_from_checkpoint", str(checkpoints(tmp_path / "whole")))
+    launch(2, tmp_path, folder / "grpo.yaml", "--output_dir", tmp_path / "resumed", *words, **options)
+    assert_close(tmp_path / "whole", tmp_path / "resumed", tolerance=0.0)
 
 
 def test_processes_keep_in_step_where_one_has_nothing_to_learn(folder: Path, tmp_path: Path, monkeypatch) -> None:

@@ -224,6 +224,37 @@ def test_rows_of_two_roles_get_the_log_probabilities_of_their_own_adapter(tokeni
             torch.testing.assert_close(mixed[row : row + 1], alone)
 
 
+@pytest.mark.parametrize("window", [{"steps_per_generation": 2}, {"num_iterations": 2}])
+@pytest.mark.parametrize("is_team", [False, True], ids=["one agent", "team"])
+def test_a_run_stopped_between_two_generations_resumes_to_the_same_bits(
+    tokenizer, tmp_path: Path, is_team: bool, window: dict
+) -> None:
+    def train(name: str, resume: Path | None = None, **changes):
+        args = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 1} | window
+        if is_team:
+            team = TeamSettings(select_roles(TEAM, ENVIRONMENTS["plan_path"]), num_parallel_games=2)
+            trainer = team_trainer(tokenizer, tmp_path / name, team, **(args | changes))
+        else:
+            trainer = AgentGRPOTrainer(
+                model=tiny_model(tokenizer),
+                reward_funcs=[lambda completions, **_: [float(len(str(said)) % 7) for said in completions]],
+                args=config(tmp_path / name, **(args | changes)),
+                train_dataset=path_rows(40),
+                processing_class=tokenizer,
+            )
+        trainer.train(resume_from_checkpoint=resume and str(resume))
+        return trainer.model.state_dict()
+
+    whole = train("whole")
+    within, between = (tmp_path / f"whole/checkpoint-{step}" for step in (3, 2))
+    assert (within / "generation_0.pt").is_file() and not (between / "generation_0.pt").exists()
+    resumed = train("resumed", within)
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+    with pytest.raises(UserError, match="checkpoint-3 lies between two generations"):
+        train("other", within, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+
+
 def test_a_resumed_team_goes_on_with_its_games_to_the_same_bits(tokenizer, tmp_path: Path) -> None:
     team = TeamSettings(select_roles(TEAM, ENVIRONMENTS["plan_path"]), num_parallel_games=2, stray_fraction=1.0)
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -18,6 +19,7 @@ from adamba.model import AdambaForCausalLM
 from adamba.model.decoding_adamba import OPTIONS
 from adamba.tools.calls import OPEN, parse_tool_calls
 from adamba.training.conversations import Conversations, fits
+from adamba.training.generations import load_generation, save_generation
 from adamba.training.optimizers import OptimizerMixin
 
 logger = logging.getLogger("adamba")
@@ -108,6 +110,16 @@ class AgentGRPOTrainer(OptimizerMixin, GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         inputs = super()._prepare_inputs(generation_batch)
         return self._rows_that_teach(inputs) if self.model.training and self._only_advantages_teach() else inputs
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """What each process keeps of its own: what it generated, too."""
+        super()._save_rng_state(output_dir)
+        save_generation(self, Path(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            load_generation(self, Path(checkpoint))
 
     def _only_advantages_teach(self) -> bool:
         """Whether a row without an advantage adds nothing to the loss, neither a term nor to what it is divided by."""

@@ -124,7 +124,7 @@ class AtGrpoTrainer(AgentGRPOTrainer):
             model.load_adapter(Path(self.state.best_model_checkpoint) / role.name, role.name, is_trainable=True)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """What each process keeps of its own: the games that the next batch goes on with, too."""
+        """And the games that the next batch goes on with."""
         super()._save_rng_state(output_dir)
         records = [game.record() for game in self._games]
         self._games_file(output_dir).write_text(json.dumps(records), encoding="utf-8")
