@@ -15,12 +15,13 @@ if __name__ == "__main__":
 from adamba.data import log_mix
 from adamba.data.arguments import DataArguments
 from adamba.errors import UserError, user_errors
+from adamba.launch import is_true
 from adamba.loading import ModelArguments, load_model_and_tokenizer
 from adamba.model import AdambaForCausalLM
 from adamba.recipe import parse
 from adamba.training.elastic import ElasticArguments
 from adamba.training.freezing import freeze_idle
-from adamba.training.lora import LoraArguments, merge_adapters, peft_config
+from adamba.training.lora import LoraArguments, learning_gates, merge_adapters, peft_config
 from adamba.training.routing import RouterArguments, RouterTrainer, prepare_router_run, set_budget
 from adamba.training.session import finish, logger, measures, start, train
 from adamba.training.sft import MixSFTConfig, MixSFTTrainer, eval_datasets, evaluate_sources, token_rows
@@ -39,9 +40,17 @@ def main() -> None:
     model, tokenizer = load_model_and_tokenizer(model_args, data_args, training=True)
     if elastic_args.elastic and not isinstance(model, AdambaForCausalLM):
         raise UserError(f"elastic: needs a hybrid, but {model_args.model_name_or_path} is a {type(model).__name__}")
+    if elastic_args.elastic and lora_args.use_peft and is_true("ACCELERATE_USE_FSDP"):
+        raise UserError(
+            "elastic: with use_peft it does not run under FSDP, which would split the head; use zero3.yaml"
+        )
     freeze_idle(model, elastic_args)
 
     if router_args.train_router:
+        if lora_args.use_peft:
+            raise UserError(
+                "train_router: trains the router alone; leave out use_peft, nothing would teach its adapters"
+            )
         prepare_router_run(model, router_args, args)
     trainer_class = RouterTrainer if router_args.train_router else MixSFTTrainer
     trainer = trainer_class(
@@ -52,7 +61,7 @@ def main() -> None:
         processing_class=tokenizer,
         sources=list(data_args.mix),
         elastic_args=elastic_args,
-        peft_config=peft_config(lora_args),
+        peft_config=peft_config(lora_args, learning_gates(model)),
     )
     trained = train(trainer)
     trained |= evaluate_sources(trainer, data_args.mix)

@@ -1,6 +1,7 @@
 """`run_sft.py` on a tiny hybrid: packed and not, with LoRA, resumed, and with bad input."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def base(tmp_path_factory):
     tokenizer = train_tokenizer(
         ['Calculate 5 + 3? calculator {"expression": "1"} play {"cell": 3} # Answer:'] * 9, 400
     )
-    config = smallest_config(len(tokenizer))
+    config = smallest_config(len(tokenizer), first_exit_layer=0)
     AdambaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -128,6 +129,26 @@ def test_lora_is_merged_into_a_whole_checkpoint(monkeypatch, recipe, base, tmp_p
     assert not [name for name in changed if "gate" in name.split(".")[2] or "router" in name]
 
 
+def test_gates_and_router_learn_beside_adapters_and_resume(monkeypatch, recipe, base, tmp_path):
+    changes = {"use_peft": True, "lora_r": 4, "elastic": True, "distill": True, "max_steps": 3}
+    path = recipe(**changes, save_strategy="steps", save_steps=2)
+    run(monkeypatch, path)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    assert trained.keys() == before.keys()
+    changed = {name for name in trained if not trained[name].equal(before[name])}
+    whole = {name for name in trained if ("exit_gates" in name or "router" in name) and "temperature" not in name}
+    assert any("exit_gates" in name for name in whole) and whole <= changed, whole - changed
+    assert all(name.split(".")[-2].endswith("_proj") for name in changed)
+
+    (last,) = (tmp_path / "out.trainer").glob("*/checkpoint-3")
+    for folder in (last, tmp_path / "out"):
+        shutil.rmtree(folder)
+    run(monkeypatch, path)
+    resumed = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(resumed[name].equal(tensor) for name, tensor in trained.items())
+
+
 def test_the_router_trains_alone_and_its_confidence_is_saved(monkeypatch, recipe, base, tmp_path):
     changes = {"train_router": True, "router_budget": 0.9, "packing": False, "max_steps": 8, "learning_rate": 0.05}
     run(monkeypatch, recipe(**changes))
@@ -144,10 +165,18 @@ def test_the_router_trains_alone_and_its_confidence_is_saved(monkeypatch, recipe
     assert losses[-1] < losses[0]
 
 
+def test_elastic_adapters_are_refused_under_fsdp(monkeypatch, recipe, capsys):
+    monkeypatch.setattr(run_sft, "is_true", lambda name: name == "ACCELERATE_USE_FSDP")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, recipe(elastic=True, use_peft=True))
+    assert "error: elastic: with use_peft it does not run under FSDP" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"train_router": True}, "train_router: needs packing: false"),
+        ({"train_router": True, "use_peft": True, "packing": False}, "train_router: trains the router alone"),
         ({"train_router": True, "router_budget": 0.0}, "router_budget: 0.0 must be above 0"),
         ({"mix": {"calculater": 1.0}}, "did you mean 'calculator'"),
         ({"mix": {"calculator": -1.0}}, "weight of 'calculator' is -1"),

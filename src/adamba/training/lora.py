@@ -1,5 +1,6 @@
 """LoRA by recipe keys alone, with the names that TRL's `ModelConfig` gives them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,17 +9,23 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from adamba.errors import UserError
+from adamba.model import AdambaForCausalLM
 from adamba.model.layers_adamba import ElasticLinear
 
 
 @dataclass
 class LoraArguments:
     use_peft: bool = field(
-        default=False, metadata={"help": "Train LoRA adapters; the published weights have them merged."}
+        default=False,
+        metadata={
+            "help": "Train LoRA adapters; the published weights have them merged. With elastic, exit gates and router "
+            "learn in full beside them."
+        },
     )
     lora_r: int = field(default=16, metadata={"help": "Rank."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale: updates are multiplied by alpha / rank."})
@@ -35,8 +42,22 @@ class LoraArguments:
             raise UserError(f"lora_r: {self.lora_r} must be 1 or more")
 
 
-def peft_config(args: LoraArguments) -> PeftConfig | None:
-    """What TRL's trainers take as `peft_config`; None without `use_peft`."""
+def learning_gates(model: nn.Module) -> list[str]:
+    """Names of the exit gates and the router of a hybrid, where they learn (`freezing.freeze_idle`)."""
+    if not isinstance(model, AdambaForCausalLM):
+        return []
+    parts = {f"exit_gates.{layer}": gate for layer, gate in model.model.exit_gates.items()}
+    parts["router"] = model.model.router
+    return [name for name, part in parts.items() if any(weight.requires_grad for weight in part.parameters())]
+
+
+def peft_config(args: LoraArguments, whole: Sequence[str] = ()) -> PeftConfig | None:
+    """
+    What TRL's trainers take as `peft_config`; None without `use_peft`.
+
+    Args:
+        whole: Modules that learn in full beside the adapters, and are kept with them; all others are frozen.
+    """
     if not args.use_peft:
         return None
     config = LoraConfig(
@@ -46,7 +67,7 @@ def peft_config(args: LoraArguments) -> PeftConfig | None:
         lora_dropout=args.lora_dropout,
         target_modules=args.lora_target_modules or "all-linear",
         exclude_modules=r".*\b(exit_gates|router)\b.*",  # they are trained whole or not at all
-        modules_to_save=args.lora_modules_to_save,
+        modules_to_save=[*(args.lora_modules_to_save or ()), *whole] or None,
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
     )
