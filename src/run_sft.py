@@ -21,7 +21,7 @@ from adamba.model import AdambaForCausalLM
 from adamba.recipe import parse
 from adamba.training.elastic import ElasticArguments
 from adamba.training.freezing import freeze_idle
-from adamba.training.lora import LoraArguments, learning_gates, merge_adapters, peft_config
+from adamba.training.lora import DORA_IS_WHOLE, LoraArguments, learning_gates, merge_adapters, peft_config
 from adamba.training.routing import RouterArguments, RouterTrainer, prepare_router_run, set_budget
 from adamba.training.session import finish, logger, measures, start, train
 from adamba.training.sft import MixSFTConfig, MixSFTTrainer, eval_datasets, evaluate_sources, token_rows
@@ -44,6 +44,8 @@ def main() -> None:
         raise UserError(
             "elastic: with use_peft it does not run under FSDP, which would split the head; use zero3.yaml"
         )
+    if elastic_args.elastic and lora_args.use_peft and lora_args.use_dora:
+        raise UserError(f"{DORA_IS_WHOLE}; leave it out, or elastic")
     freeze_idle(model, elastic_args)
 
     if router_args.train_router:

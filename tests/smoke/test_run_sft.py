@@ -176,6 +176,7 @@ def test_elastic_adapters_are_refused_under_fsdp(monkeypatch, recipe, capsys):
     ("changes", "message"),
     [
         ({"train_router": True}, "train_router: needs packing: false"),
+        ({"elastic": True, "use_peft": True, "use_dora": True}, "use_dora: DoRA and the like"),
         ({"train_router": True, "use_peft": True, "packing": False}, "train_router: trains the router alone"),
         ({"train_router": True, "router_budget": 0.0}, "router_budget: 0.0 must be above 0"),
         ({"mix": {"calculater": 1.0}}, "did you mean 'calculator'"),

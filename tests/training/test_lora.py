@@ -1,10 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 from adamba.errors import UserError
 from adamba.model import AdambaForCausalLM
-from adamba.training.lora import LoraArguments, peft_config
+from adamba.training.lora import LoraArguments, load_adapter, peft_config
 from models import smallest_config
 
 
@@ -31,6 +33,35 @@ def test_merged_adapters_compute_the_same_at_every_width():
     for width, logits in separate.items():
         with torch.no_grad():
             assert torch.allclose(merged(ids, width=width).logits, logits, atol=1e-5)
+
+
+def save_adapter(folder: Path) -> torch.Tensor:
+    """An adapter away from zero, and the logits that it gives at width 16."""
+    adapted = get_peft_model(hybrid(), peft_config(LoraArguments(use_peft=True, lora_r=4))).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        adapted.save_pretrained(folder)
+        return adapted(input_ids=torch.arange(9)[None], width=16).logits
+
+
+@torch.no_grad()
+def test_a_saved_adapter_is_loaded_for_every_width(tmp_path: Path) -> None:
+    logits = save_adapter(tmp_path)
+    loaded = load_adapter(hybrid(), tmp_path).eval()
+    torch.testing.assert_close(loaded(input_ids=torch.arange(9)[None], width=16).logits, logits)
+    with pytest.raises(RuntimeError):  # when PEFT slices by itself, `load_adapter` can go
+        PeftModel.from_pretrained(hybrid(), tmp_path).eval()(input_ids=torch.arange(9)[None], width=16)
+
+
+@torch.no_grad()
+def test_dora_below_full_width_is_one_line() -> None:
+    adapted = get_peft_model(hybrid(), peft_config(LoraArguments(use_peft=True, lora_r=4, use_dora=True))).eval()
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(adapted(input_ids=ids).logits, hybrid()(ids).logits)
+    with pytest.raises(UserError, match="use_dora: .* stay at full width"):
+        adapted(input_ids=ids, width=16)
 
 
 def test_only_projections_are_adapted():

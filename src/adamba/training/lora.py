@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +11,14 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from adamba.errors import UserError
 from adamba.model import AdambaForCausalLM
 from adamba.model.layers_adamba import ElasticLinear
+
+DORA_IS_WHOLE = "use_dora: DoRA and the like scale whole rows of a weight and cannot be sliced to a width"
 
 
 @dataclass
@@ -71,6 +74,19 @@ def peft_config(args: LoraArguments, whole: Sequence[str] = ()) -> PeftConfig | 
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
     )
+    return _sliced(config)
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path, name: str = "default") -> PeftModel:
+    """
+    A saved LoRA adapter on a hybrid, for every width. What it was made with does not stand in its file: loaded by
+    `PeftModel.from_pretrained` alone, it has PEFT's own layers, which fail below full width.
+    """
+    config = LoraConfig.from_pretrained(str(folder))
+    return PeftModel.from_pretrained(model, str(folder), adapter_name=name, config=_sliced(config))
+
+
+def _sliced(config: LoraConfig) -> LoraConfig:
     config._register_custom_module({ElasticLinear: ElasticLoraLinear})
     return config
 
@@ -79,7 +95,9 @@ class ElasticLoraLinear(LoraLinear):
     """LoRA on an `ElasticLinear`: at width `w` adapter and layer use the same prefixes of channels."""
 
     def forward(self, x: torch.Tensor, out_features: int | None = None, **kwargs: Any) -> torch.Tensor:
-        if self.lora_variant:  # DoRA and the like know the full width only
+        if self.lora_variant:
+            if (x.shape[-1], out_features or self.out_features) != (self.in_features, self.out_features):
+                raise UserError(f"{DORA_IS_WHOLE}; leave it out, or stay at full width")
             return super().forward(x, out_features, **kwargs)
         result = self.base_layer(x, out_features)
         if self.disable_adapters or self.merged:

@@ -8,6 +8,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from adamba.training.lora import load_adapter
+
 ADAPTERS = "adapters"  # folder of a published checkpoint, one folder a role in it
 
 
@@ -51,7 +53,7 @@ def load_roles(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel | 
     if not folders:
         return model
     first, *others = folders
-    adapted = PeftModel.from_pretrained(model, first, adapter_name=first.name)
+    adapted = load_adapter(model, first, first.name)
     for path in others:
         adapted.load_adapter(path, adapter_name=path.name)
     return adapted
