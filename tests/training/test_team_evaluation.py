@@ -63,7 +63,7 @@ def test_held_out_games_are_played_to_their_end_and_all_roles_measured(
     metrics = trainer.evaluate()
     assert heard.count("planner") == heard.count("actor") > 6
     assert 0.0 < metrics["eval_games/success"] < 1.0
-    assert metrics["eval_games/success"] <= metrics["eval_reward"] < 1.0
+    assert 0.0 < metrics["eval_reward"] < 1.0
     for role in ("planner", "actor"):
         assert 0.0 < metrics[f"eval_games/{role}/invalid_action_rate"] < 1.0
     assert 1 < metrics["eval_games/num_turns"] <= 6 and "eval_loss" not in metrics

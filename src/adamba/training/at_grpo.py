@@ -216,8 +216,8 @@ class AtGrpoTrainer(AgentGRPOTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """
         Held-out games, a row each, played to their end by what the roles say: nobody chooses between candidates.
-        `eval_reward` is their mean final score, 1 for all solved, and `eval_games/*` what else is known of them; there
-        is no loss.
+        `eval_reward` is their mean final score, 1 where the team plays as well as the solver, and `eval_games/*` what
+        else is known of them; there is no loss.
         """
         self._evaluated.clear()
         output = super().evaluation_loop(*args, **kwargs)
