@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from adamba.errors import UserError
 from adamba.training import session
@@ -46,6 +47,22 @@ def test_a_run_stopped_after_its_last_step_is_not_trained_further(make_trainer) 
     assert again["train_loss"] == pytest.approx(first["train_loss"], rel=1e-3)
     for name, tensor in trained.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_a_run_stopped_after_its_last_step_still_ends_with_its_best_model(make_trainer, tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
+    train(make_trainer(hybrid(0), **settings))
+    best, last = tmp_path / "trainer/checkpoint-4", tmp_path / "trainer/checkpoint-8"
+    state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+    state.best_model_checkpoint = str(best)
+    state.save_to_json(str(last / "trainer_state.json"))
+    seal(last)
+    model = hybrid(0)
+    trainer = make_trainer(model, **settings)
+    trainer.args.load_best_model_at_end = True
+    train(trainer)
+    kept = load_file(best / "model.safetensors")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in kept.items())
 
 
 @pytest.mark.parametrize(("saved", "here"), [("FSDP", None), (None, "FSDP"), (None, "deepspeed"), ("ZeRO-3", None)])

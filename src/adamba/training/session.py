@@ -202,6 +202,8 @@ def train(trainer: Trainer) -> dict[str, float]:
 
 def _take_over(trainer: Trainer, checkpoint: str, saved: TrainerState) -> dict[str, float]:
     """A run that was stopped after its last step but before it was published. `Trainer.train` would do a step more."""
+    if trainer.args.load_best_model_at_end and saved.best_model_checkpoint:
+        checkpoint = saved.best_model_checkpoint  # as `Trainer.train` ends
     by_fsdp = saved_by(Path(checkpoint))[0] == "FSDP"  # the Trainer would read it under FSDP only
     if isinstance(trainer.model, PeftModel) and is_sharded(trainer):
         raise UserError(
