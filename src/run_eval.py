@@ -27,7 +27,7 @@ from adamba.hub import HubArguments, hub_target, push_run
 from adamba.loading import ModelArguments, load_model_and_tokenizer
 from adamba.model import AdambaForCausalLM
 from adamba.model.decoding_adamba import OPTIONS
-from adamba.publish import update_metrics
+from adamba.publish import read_run, update_metrics
 from adamba.recipe import parse
 from adamba.training.calibration import calibrate_checkpoint, calibration_settings, require_gates
 from adamba.training.evaluation import GameSettings, exit_metrics, losses_by_source, observe_exits, play_tasks
@@ -68,6 +68,7 @@ class EvalArguments:
 @user_errors()
 def main() -> None:
     model_args, data_args, hub_args, args, _ = parse(ModelArguments, DataArguments, HubArguments, EvalArguments)
+    read_run(model_args.model_name_or_path or "")  # where the figures go: its files are replaced
     target = hub_target(hub_args, model_args.model_name_or_path or "")
     calibration = calibration_settings(args.calibrate)
     # Without `cpu`, accelerate sees one process where several of gloo were launched.

@@ -20,7 +20,7 @@ from peft import PeftModel
 
 from adamba.errors import UserError, user_errors
 from adamba.loading import ModelArguments, load_model_and_tokenizer
-from adamba.publish import update_metrics
+from adamba.publish import read_run, update_metrics
 from adamba.recipe import parse
 from adamba.recipe_file import read_recipe
 from adamba.report.measures import wilson_interval
@@ -64,6 +64,7 @@ def main() -> None:
     for name in args.task_settings:
         if name != task:
             raise UserError(f"task_settings: {folder} plays {task}, not {name}")
+    read_run(folder)  # where the figures go: its files are replaced
     games = GameSettings(settings={task: settings | args.task_settings.get(task, {})})
     rows = task_rows(task, args.num_episodes, games, first_seed=args.first_seed)
 

@@ -18,8 +18,10 @@ from typing import Any, Literal
 
 from adamba.data import log_mix
 from adamba.data.arguments import DataArguments
+from adamba.disk import check_output_dir
 from adamba.errors import UserError, user_errors
 from adamba.loading import ModelArguments, load_model_and_tokenizer
+from adamba.output_folder import refuse_inputs
 from adamba.recipe import parse
 from adamba.training.play import play
 from adamba.training.rollouts import preference_pairs, rollout_metrics, rollout_rows, trajectory
@@ -51,7 +53,11 @@ class RolloutArguments:
 
 @user_errors()
 def main() -> None:
-    model_args, data_args, args, _ = parse(ModelArguments, DataArguments, RolloutArguments)
+    model_args, data_args, args, recipe = parse(ModelArguments, DataArguments, RolloutArguments)
+    check_output_dir(args.output_dir)
+    refuse_inputs(args.output_dir, recipe.values)
+    if (Path(args.output_dir) / "run.json").exists():
+        raise UserError(f"output_dir: {args.output_dir} is a finished run, whose metrics.json would be lost")
     setup_logging()
     logger.info("mix: %s", log_mix(data_args.mix))
     rows = rollout_rows(

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from adamba.hub import HubArguments, hub_target, push_run
 from adamba.loading import ModelArguments
 from adamba.loading_streamed import load_or_open
 from adamba.operations import SurgeryArguments, at_once, check_rows, plan, sort, verify
+from adamba.output_folder import check_output_folder
 from adamba.publish import publish, surgery_dir
 from adamba.recipe import parse
 from adamba.surgery.fetching import Together, attach
@@ -44,7 +46,7 @@ def main() -> None:
         ModelArguments, DataArguments, HubArguments, SurgeryArguments
     )
     setup_logging()
-    check_output_dir(args.output_dir)
+    check_output_folder(args.output_dir, recipe.values)
     target = hub_target(hub_args, args.output_dir)
     started = time.monotonic()
     before, tokenizer, weights = load_or_open(model_args, args.streaming)
@@ -57,6 +59,11 @@ def main() -> None:
         metrics.update(num_parameters=after.num_parameters(), hidden_size=after.config.hidden_size)
         metrics.update(surgery_seconds=time.monotonic() - started, peak_memory_bytes=peak_memory_bytes())
 
+    def remove_unfinished() -> None:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with suppress(OSError):  # something else lies there
+            unfinished.parent.rmdir()
+
     def write(folder: Path) -> None:
         """Nothing stays of what failed; what was killed goes on in the next run, with the files that are whole."""
         try:
@@ -68,10 +75,10 @@ def main() -> None:
             finish(attach(empty_model(after.config), Weights(unfinished, torch.float32), together), together)
             for file in unfinished.iterdir():
                 file.rename(folder / file.name)
-            shutil.rmtree(unfinished.parent)
+            remove_unfinished()
         except Exception:
             shutil.rmtree(folder, ignore_errors=True)
-            shutil.rmtree(unfinished.parent, ignore_errors=True)
+            remove_unfinished()
             raise
 
     try:

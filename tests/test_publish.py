@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adamba.errors import UserError
 from adamba.fingerprint import run_fingerprint
+from adamba.output_folder import check_output_folder
 from adamba.publish import (
     is_complete,
     publish,
@@ -193,3 +194,74 @@ def test_trainer_folder_is_apart_and_belongs_to_one_run(tmp_path):
     assert (
         trainer_dir(output_dir, dataclasses.replace(RECIPE, values=RECIPE.values | {"logging_steps": 1}), {}) == here
     )
+
+
+def tree(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("theirs", ["x/thesis", "x/thesis/chapter.tex", "x/.git/HEAD", "x.tmp/a", "x.previous/a"])
+@pytest.mark.parametrize("published", [False, True])
+def test_a_folder_of_the_users_is_refused_and_never_deleted(tmp_path, theirs, published):
+    if published:
+        publish(Weights(), None, tmp_path / "x", RECIPE, {}, {})
+    (tmp_path / theirs).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / theirs).mkdir() if theirs.endswith("thesis") else (tmp_path / theirs).write_text("years")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match="output_dir: .*holds .*move"):
+        check_output_folder(tmp_path / "x", {})
+    assert tree(tmp_path) == before
+    publish(Weights("new"), None, tmp_path / "x", RECIPE, {}, {})  # the second line of defence
+    name = Path(theirs).name
+    assert len([path for path in tmp_path.rglob(name) if path.is_dir() or path.read_text() == "years"]) == 1
+    assert (tmp_path / "x/model.safetensors").read_text() == "new"
+
+
+def test_what_runs_left_may_be_replaced(tmp_path):
+    class Adapter(Weights):
+        def save_pretrained(self, folder: Path) -> None:
+            super().save_pretrained(folder)
+            (Path(folder) / "adapters/planner").mkdir(parents=True)
+            for name in ("adapter.safetensors", "README.md"):
+                (Path(folder) / "adapters/planner" / name).write_text("a")
+
+    check_output_folder(tmp_path / "x", {})
+    (tmp_path / "x").mkdir()
+    check_output_folder(tmp_path / "x", {})
+    for killed in ("x.tmp", "x.previous"):
+        publish(Adapter(), None, tmp_path / killed, RECIPE, {}, {})
+    with pytest.raises(OSError, match="disk full"):
+        publish(Weights(fail=True), None, tmp_path / "x", RECIPE, {}, {})
+    folder = publish(Adapter(), None, tmp_path / "x", RECIPE, {}, {})
+    update_metrics(folder, {"eval_loss": 0.5})
+    (folder / "games.json").write_text("{}")
+    check_output_folder(folder, {})
+    publish(Adapter(), None, folder, RECIPE, {}, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("output_dir", [".", "..", "/", "", "sub/..", "a_file", "a_file/x", "b"])
+def test_a_folder_that_cannot_be_one_of_its_own(tmp_path, monkeypatch, output_dir):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a_file", "b.trainer"):
+        (tmp_path / name).write_text("precious")
+    with pytest.raises(UserError, match="^output_dir: [^\n]*(name|file|written)"):
+        check_output_folder(output_dir, {})
+
+
+@pytest.mark.parametrize("output_dir", ["shelf/model", "shelf", "shelf/model/new", "shelf/../shelf/model/"])
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("model_name_or_path", {"model_name_or_path": "shelf/model"}),
+        ("tokenizer_name_or_path", {"tokenizer_name_or_path": "shelf/model"}),
+        ("data_files: pairs", {"data_files": {"pairs": "shelf/model"}}),
+        ("task_settings: questions: data_file", {"task_settings": {"questions": {"data_file": "shelf/model"}}}),
+    ],
+)
+def test_what_a_run_reads_is_not_overwritten(tmp_path, monkeypatch, output_dir, key, values):
+    monkeypatch.chdir(tmp_path)
+    publish(Weights(), None, "shelf/model", RECIPE, {}, {})
+    with pytest.raises(UserError, match=f"output_dir: .* overlaps {key}: shelf/model"):
+        check_output_folder(output_dir, values)
+    check_output_folder("shelf2", values | {"model_name_or_path": "shelf2"})

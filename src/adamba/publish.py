@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -26,15 +27,13 @@ from adamba.disk import write_whole
 from adamba.errors import UserError
 from adamba.fingerprint import hash_file, run_fingerprint
 from adamba.model_card import model_card
+from adamba.output_folder import DESCRIBING_FILES, MARK, discard
 from adamba.recipe_file import Recipe
 from adamba.secrets_kept import redacted
 
 logger = logging.getLogger("adamba")
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "numpy")
-
-# They describe the run and are not what the next phase reads, so run.json does not record their hashes.
-DESCRIBING_FILES = frozenset({"run.json", "metrics.json", "README.md", "recipe.yaml", "log_history.json"})
 
 Metrics = Mapping[str, float | int | str | bool | None]
 
@@ -186,7 +185,7 @@ def surgery_dir(output_dir: str | Path, recipe: Recipe, inputs: Mapping[str, str
     """
     folder = _unfinished_dir(output_dir, "surgery", recipe, inputs)
     for other in folder.parent.glob("*"):
-        if other != folder:
+        if other != folder and re.fullmatch("[0-9a-f]{12}", other.name):
             logger.info("discarding %s, which another recipe, code or input left unfinished", other)
             shutil.rmtree(other)
     return folder
@@ -209,17 +208,19 @@ def _replacing(output_dir: Path, source: Any) -> Iterator[tuple[Path, bool]]:
     aside = output_dir.with_name(f"{output_dir.name}.tmp")
     previous = output_dir.with_name(f"{output_dir.name}.previous")
     if is_main:
-        shutil.rmtree(aside, ignore_errors=True)
+        discard(aside)
         aside.mkdir(parents=True)
+        (aside / MARK).touch()
     wait()
     yield aside, is_main
     wait()
     if is_main:
-        shutil.rmtree(previous, ignore_errors=True)
+        (aside / MARK).unlink()
+        discard(previous)
         if output_dir.exists():
             output_dir.rename(previous)
         aside.rename(output_dir)
-        shutil.rmtree(previous, ignore_errors=True)
+        discard(previous)
     wait()
 
 

@@ -42,6 +42,7 @@ def refuse(shelf: Path, tmp_path: Path, monkeypatch, capsys) -> Refuse:
         out = tmp_path / "out"
         out.mkdir()
         (out / "model.safetensors").write_text("the result of days")
+        (out / "run.json").write_text('{"fingerprint": "a", "files": {"model.safetensors": {}}}')
         target = {} if script == "run_eval.py" else {"output_dir": "out"}  # it writes beside the model
         path = write_recipe(tmp_path / "x.yaml", target | recipe)
         capsys.readouterr()
@@ -52,7 +53,7 @@ def refuse(shelf: Path, tmp_path: Path, monkeypatch, capsys) -> Refuse:
         assert stopped.value.code == 2 and len(errors) == 1 and "Traceback" not in stderr, stderr
         assert stderr.splitlines()[-1] == errors[0]
         assert path.is_file()
-        assert [file.name for file in out.iterdir()] == ["model.safetensors"]
+        assert sorted(file.name for file in out.iterdir()) == ["model.safetensors", "run.json"]
         assert (out / "model.safetensors").read_text() == "the result of days"
         assert not (tmp_path / "out.tmp").exists()
         return errors[0].removeprefix("error: ")

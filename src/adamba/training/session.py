@@ -23,6 +23,7 @@ from adamba.gpus import rated_flops_per_second
 from adamba.hub import hub_target, push_run
 from adamba.model import AdambaForCausalLM
 from adamba.model.kernels_adamba import loads
+from adamba.output_folder import check_output_folder
 from adamba.publish import publish, trainer_dir
 from adamba.recipe import Recipe
 from adamba.secrets_kept import RedactingFilter
@@ -61,7 +62,7 @@ def start(args: TrainingArguments, recipe: Recipe, inputs: Mapping[str, str]) ->
     if not args.output_dir or args.output_dir == "trainer_output":
         raise UserError("output_dir: missing; name the folder for the checkpoint")
     published = Path(args.output_dir)
-    check_output_dir(published)
+    check_output_folder(published, recipe.values)
     folder = trainer_dir(published, recipe, inputs)
     args.output_dir = str(folder)
     if args.process_index == 0:
