@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer
 from adamba.data import log_mix
 from adamba.data.arguments import DataArguments
 from adamba.errors import UserError, user_errors
-from adamba.loading import ModelArguments, load_model_and_tokenizer
+from adamba.loading import ModelArguments, check_length, load_model_and_tokenizer
 from adamba.recipe import parse
 from adamba.training.agent_rows import preference_rows
 from adamba.training.caps import SpendingCaps
@@ -53,6 +53,8 @@ class PreferenceConfig(SpendingCaps, HubKeys, OptimizerKeys, DPOConfig):
         super().__post_init__()
         if self.num_pairs < 1:
             raise UserError(f"num_pairs: {self.num_pairs} must be 1 or more")
+        if self.eval_strategy != "no" and self.num_eval_pairs < 1:
+            raise UserError(f"eval_strategy: {self.eval_strategy} needs num_eval_pairs above 0")
         if self.imitated and "sft" not in self.loss_type:
             raise UserError(
                 f"imitated: {self.imitated} teaches nothing with loss_type {self.loss_type}; "
@@ -84,6 +86,7 @@ def main() -> None:
         held_out = preference_rows(data_args.mix, args.num_eval_pairs, split="test", **options)
 
     model, tokenizer = load_model_and_tokenizer(model_args, training=True)
+    check_length(model, args.max_length)
     freeze_idle(model)
     trainer = PreferenceTrainer(
         model=model,

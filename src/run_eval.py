@@ -24,11 +24,12 @@ from adamba.data.arguments import DataArguments
 from adamba.errors import UserError, user_errors
 from adamba.flops import flops_per_token
 from adamba.hub import HubArguments, hub_target, push_run
-from adamba.loading import ModelArguments, load_model_and_tokenizer
+from adamba.loading import ModelArguments, check_length, load_model_and_tokenizer
 from adamba.model import AdambaForCausalLM
 from adamba.model.decoding_adamba import OPTIONS
 from adamba.publish import read_run, update_metrics
 from adamba.recipe import parse
+from adamba.tasks import TASKS
 from adamba.training.calibration import calibrate_checkpoint, calibration_settings, require_gates
 from adamba.training.evaluation import GameSettings, exit_metrics, losses_by_source, observe_exits, play_tasks
 from adamba.training.session import logger, setup_logging
@@ -64,6 +65,12 @@ class EvalArguments:
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU, whatever GPUs there are."})
     max_new_tokens: int = field(default=96, metadata={"help": "Tokens in one turn of the model."})
 
+    def __post_init__(self) -> None:
+        for key in ("num_episodes", "num_sweep_episodes"):
+            for name in getattr(self, key):
+                if name not in TASKS:
+                    raise UserError(f"{key}: {name!r} is no task; use {', '.join(TASKS)}")
+
 
 @user_errors()
 def main() -> None:
@@ -76,6 +83,7 @@ def main() -> None:
     setup_logging(state.is_main_process)
     started = time.monotonic()
     model, tokenizer = load_model_and_tokenizer(model_args)
+    check_length(model, args.max_length)
     if calibration is not None:
         require_gates(model, model_args.model_name_or_path)
     model.to(state.device).eval()

@@ -18,7 +18,7 @@ import torch
 from adamba.data import load_mixture, log_mix, pack_rows
 from adamba.data.arguments import DataArguments
 from adamba.errors import UserError, user_errors
-from adamba.loading import ModelArguments, load_model_and_tokenizer
+from adamba.loading import ModelArguments, check_length, load_model_and_tokenizer
 from adamba.model import AdambaForCausalLM
 from adamba.recipe import parse
 from adamba.surgery import sort_by_importance
@@ -40,6 +40,7 @@ def main() -> None:
     logger.info("mix: %s", log_mix(data_args.mix))
 
     model, tokenizer = load_model_and_tokenizer(model_args, data_args, training=True)
+    check_length(model, args.max_length)
     if elastic_args.elastic and not isinstance(model, AdambaForCausalLM):
         raise UserError(f"elastic: needs a hybrid, but {model_args.model_name_or_path} is a {type(model).__name__}")
 

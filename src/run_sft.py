@@ -16,7 +16,7 @@ from adamba.data import log_mix
 from adamba.data.arguments import DataArguments
 from adamba.errors import UserError, user_errors
 from adamba.launch import is_true
-from adamba.loading import ModelArguments, load_model_and_tokenizer
+from adamba.loading import ModelArguments, check_length, load_model_and_tokenizer
 from adamba.model import AdambaForCausalLM
 from adamba.recipe import parse
 from adamba.training.elastic import ElasticArguments
@@ -38,6 +38,7 @@ def main() -> None:
     logger.info("mix: %s", log_mix(data_args.mix))
 
     model, tokenizer = load_model_and_tokenizer(model_args, data_args, training=True)
+    check_length(model, args.max_length)
     if elastic_args.elastic and not isinstance(model, AdambaForCausalLM):
         raise UserError(f"elastic: needs a hybrid, but {model_args.model_name_or_path} is a {type(model).__name__}")
     if elastic_args.elastic and lora_args.use_peft and is_true("ACCELERATE_USE_FSDP"):

@@ -28,7 +28,7 @@ from adamba.data.arguments import DataArguments
 from adamba.disk import check_output_dir
 from adamba.errors import UserError, one_line, user_errors
 from adamba.hub import HubArguments, hub_target, push_run
-from adamba.loading import ModelArguments
+from adamba.loading import ModelArguments, check_length
 from adamba.loading_streamed import load_or_open
 from adamba.operations import SurgeryArguments, at_once, check_rows, plan, sort, verify
 from adamba.output_folder import check_output_folder
@@ -51,6 +51,7 @@ def main() -> None:
     started = time.monotonic()
     before, tokenizer, weights = load_or_open(model_args, args.streaming)
     before.eval()
+    check_length(before, args.max_length)
     rows = check_rows(data_args, tokenizer, args)
     metrics: dict[str, Any] = {}  # filled before they are published
 

@@ -84,6 +84,17 @@ class ModelArguments:
                 raise UserError(f"vocab_size: {self.vocab_size} trains a new tokenizer; leave it out, or {key}")
 
 
+def check_length(model: PreTrainedModel, num_tokens: int | None, key: str = "max_length") -> None:
+    """Refuse rows that are longer than what the model has positions for: memory and time would have no end.
+
+    Raises:
+        UserError: naming both numbers.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and num_tokens is not None and num_tokens > limit:
+        raise UserError(f"{key}: {num_tokens} is more than the model's {limit} positions (max_position_embeddings)")
+
+
 def load_model(args: ModelArguments, vocab_size: int | None = None) -> PreTrainedModel:
     """
     The causal language model of a run. A new one needs the `vocab_size` of its tokenizer.

@@ -11,12 +11,14 @@ against the field's annotation wherever they come from, so a typo or a wrong typ
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, get_type_hints
 
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import TrlParser
 
 from adamba.errors import UserError, one_line
@@ -24,6 +26,7 @@ from adamba.fingerprint import fingerprint_code
 from adamba.kept_help import KeepingParser
 from adamba.launch import check_launch, check_precision
 from adamba.recipe_file import Recipe, read_recipe
+from adamba.recipe_ranges import out_of_range
 from adamba.recipe_values import contains, describe, fit, fit_text
 from adamba.secrets_kept import is_secret_name
 
@@ -124,7 +127,10 @@ class AdambaParser(TrlParser, KeepingParser):
             try:
                 instance = dataclass_type(**{key: values[key] for key in fields if key in values})
             except ValueError as error:
-                raise UserError(f"{source}: {one_line(error)}") from error
+                said = one_line(error)
+                blamed = re.match(r"(?:--)?(\w+)", said)
+                given_there = blamed is not None and blamed[1] in on_command_line
+                raise UserError(f"{'command line' if given_there else source}: {said}") from error
             instances.append(instance)
             if hasattr(instance, "bf16"):
                 check_precision(instance.bf16, instance.fp16)
@@ -174,9 +180,14 @@ class AdambaParser(TrlParser, KeepingParser):
 
     def _fit(self, source: str, key: str, value: Any) -> Any:
         try:
-            return fit(value, self.hints[key])
+            value = fit(value, self.hints[key])
         except ValueError as error:
             raise UserError(f"{source}: key '{key}': {error}") from None
+        if wrong := out_of_range(key, value, self.dataclass_types):
+            raise UserError(f"{source}: {wrong}")
+        if key == "report_to":
+            _check_trackers(source, [value] if isinstance(value, str) else value or [])
+        return value
 
     def _unknown(self, key: str, value: Any) -> str:
         if is_secret_name(key):
@@ -196,6 +207,16 @@ class AdambaParser(TrlParser, KeepingParser):
             *difflib.get_close_matches(key, known, n=1, cutoff=0.5),
         ]
         return f"; did you mean '{candidates[0]}'?" if candidates else ""
+
+
+def _check_trackers(source: str, names: Iterable[str]) -> None:
+    for name in names:
+        if name not in ("none", "all", *INTEGRATION_TO_CALLBACK):
+            raise UserError(
+                f"{source}: report_to: {name!r} is unknown; use none, {', '.join(INTEGRATION_TO_CALLBACK)}"
+            )
+        if name in ("wandb", "trackio", "mlflow", "comet_ml", "swanlab") and importlib.util.find_spec(name) is None:
+            raise UserError(f"{source}: report_to: {name} is not installed; pip install {name}, or use none")
 
 
 def _split_recipe_path(argv: list[str]) -> tuple[str | None, list[str]]:

@@ -137,6 +137,7 @@ def test_a_recipe_that_is_none(text: str, tmp_path: Path, monkeypatch, capsys) -
         ({"elastic": True, "width_weights": {"tiny": 1.0}}, "width_weights: 'tiny' is no level of the model; use gho"),
         ({"width_weights": {"ghost": -1.0}}, "x.yaml: width_weights: ghost=-1.0 must not be negative"),
         ({"max_length": 1}, "max_length: 1 is too small"),
+        ({"max_length": 99999999}, "max_length: 99999999 is more than the model's 128 positions"),
         ({"task_settings": {"calculator": {"depht": 3}}}, "depht"),
         ({"task_settings": {"chess": {}}}, "settings: 'chess' is no task"),
         ({"data_files": {"calculator": "a.jsonl"}}, "data_files: 'calculator' is a task and makes its own rows"),

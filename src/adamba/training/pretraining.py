@@ -35,6 +35,10 @@ class PretrainConfig(SpendingCaps, HubKeys, OptimizerKeys, TrainingArguments):
         super().__post_init__()
         if self.max_steps <= 0:
             raise UserError(f"max_steps: {self.max_steps} must be given, above 0; the data is a stream without end")
+        if self.eval_strategy != "no":
+            raise UserError(
+                f"eval_strategy: {self.eval_strategy} has no held-out rows here; run_eval.py takes the loss"
+            )
         if self.sort_by_importance and is_deepspeed_zero3_enabled():
             raise UserError(
                 "sort_by_importance: true needs whole weights on each rank; not with ZeRO-3 (use zero2.yaml)"
