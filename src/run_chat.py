@@ -14,6 +14,7 @@ from adamba.kept_help import print_kept_help
 if __name__ == "__main__":
     print_kept_help()  # before the imports below, which take seconds
 
+import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -66,6 +67,8 @@ def line_reader(prompt: str | None) -> Callable[[str], str]:
 
         return next_word
     if not sys.stdin.isatty():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 is no reason to leave
         return lambda _: input()
     import readline  # noqa: F401  (importing it gives `input` its history and line editing; absent on Windows)
 

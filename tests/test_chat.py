@@ -1,5 +1,6 @@
 """The chat: token-exact conversations, tools, what an answer cost, commands, games, the command itself."""
 
+import io
 import json
 import random
 import subprocess
@@ -337,6 +338,17 @@ def test_furthest_checkpoint(tmp_path: Path) -> None:
     assert furthest_checkpoint(tmp_path) == tmp_path / "phase5"
     (tmp_path / "phase2" / "config.json").write_text("{}")
     assert furthest_checkpoint(tmp_path / "phase2") == tmp_path / "phase2"
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # Python's choice in a UTF-8 and in a C locale
+def test_a_byte_that_is_no_text_is_replaced(tokenizer: PreTrainedTokenizerFast, monkeypatch, errors: str) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\nsecond\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    read = run_chat.line_reader(None)
+    assert (read(""), read("")) == ("caf\ufffd", "second")
+    session = ChatSession(Scripted(tokenizer, calculate), tokenizer, ChatOptions(), CALCULATOR)
+    session.answer("caf\udce9", SimpleNamespace(text=lambda _: None))
+    assert "caf?" in tokenizer.decode(session.ids)
 
 
 @pytest.mark.smoke

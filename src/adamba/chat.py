@@ -232,6 +232,7 @@ class ChatSession:
             UserError: the context is full.
         """
         environment = self.environment_class() if environment is None else environment
+        text = text.encode(errors="replace").decode()  # tokenizers refuse what a terminal's odd bytes become
         start = len(self.ids)
         self.ids = self.ids + self._user_ids(text)
         answer = Answer(num_layers=self.model.config.num_hidden_layers)
