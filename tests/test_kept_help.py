@@ -3,6 +3,7 @@
 import ast
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -194,3 +195,13 @@ def test_a_parser_of_other_words_keeps_nothing(script, monkeypatch):
     with pytest.raises(SystemExit):
         parser.parse_args(sys.argv[1:])
     assert not kept_file(110).exists()
+
+
+def test_an_interrupt_during_the_imports_ends_in_silence(tmp_path):
+    program = "from adamba.kept_help import print_kept_help\nprint_kept_help()\nraise {}"
+    done = [
+        subprocess.run([sys.executable, "-c", program.format(error)], capture_output=True, text=True)
+        for error in ("KeyboardInterrupt", "ValueError('shown')")
+    ]
+    assert (done[0].returncode, done[0].stdout, done[0].stderr) == (-signal.SIGINT, "", "")
+    assert done[1].returncode == 1 and "Traceback" in done[1].stderr and "shown" in done[1].stderr

@@ -23,6 +23,7 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from adamba.disk import write_whole
@@ -64,7 +65,11 @@ def columns_shown() -> int:
 
 
 def print_kept_help() -> None:
-    """Print what an earlier `--help` of this script kept, and exit. Returns when there is none or it was not asked."""
+    """Print what an earlier `--help` of this script kept, and exit. Returns when there is none or it was not asked.
+
+    Being what every script does first, it also sees to it that Ctrl-C during the imports that follow ends in silence.
+    """
+    sys.excepthook = _without_interrupts
     if not asks_for_help():
         return
     try:
@@ -75,6 +80,12 @@ def print_kept_help() -> None:
         return
     print(text, end="")
     raise SystemExit(0)
+
+
+def _without_interrupts(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Python then ends by the signal, which a shell calls 130."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def keep_help(text: str, columns: int) -> None:
