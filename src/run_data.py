@@ -58,9 +58,11 @@ def parse_arguments() -> argparse.Namespace:
     command = commands.add_parser("check", help="can every source of a recipe be read?")
     command.add_argument("target", help="a recipe")
     for command in commands.choices.values():
-        command.add_argument("--data-files", default="", help="local stand-ins: source=file_or_folder,…")
-        command.add_argument("--on-bad-file", choices=("stop", "skip"), default="stop")
-        command.add_argument("--cards-dir", default="data_cards")
+        command.add_argument(
+            "--data-files", "--data_files", default="", help="local stand-ins: source=file_or_folder,…"
+        )
+        command.add_argument("--on-bad-file", "--on_bad_file", choices=("stop", "skip"), default="stop")
+        command.add_argument("--cards-dir", "--cards_dir", default="data_cards")
     return parser.parse_args()
 
 

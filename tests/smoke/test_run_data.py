@@ -55,6 +55,10 @@ def test_show_what_needs_no_files(run, source):
     assert f"{source} test row 1:" in run("show", source, "-n", 1, "--split", "test")
 
 
+def test_the_keys_that_errors_and_recipes_name_are_options_too(run):
+    assert "Say hi" in run("show", "rollouts", "-n", 1, "--data_files", f"rollouts={ROWS / 'preference.jsonl'}")
+
+
 def test_show_preference_pairs(run):
     assert "Say hi" in run("show", "rollouts", "-n", 1, "--data-files", f"rollouts={ROWS / 'preference.jsonl'}")
 
