@@ -26,6 +26,7 @@ from adamba.recipe_file import read_recipe
 from adamba.report.measures import wilson_interval
 from adamba.tasks import TASKS
 from adamba.tasks.roles import select_roles
+from adamba.tasks.task import refuse_unknown_settings
 from adamba.training.agent_config import tool_call_limit
 from adamba.training.evaluation import GameSettings, task_rows
 from adamba.training.play import play
@@ -65,6 +66,7 @@ def main() -> None:
         if name != task:
             raise UserError(f"task_settings: {folder} plays {task}, not {name}")
     read_run(folder)  # where the figures go: its files are replaced
+    refuse_unknown_settings(TASKS[task], args.task_settings.get(task, {}))
     games = GameSettings(settings={task: settings | args.task_settings.get(task, {})})
     rows = task_rows(task, args.num_episodes, games, first_seed=args.first_seed)
 

@@ -5,12 +5,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import get_json_schema
 
 from adamba.data import load_card
+from adamba.errors import UserError
 from adamba.surgery import insert_mamba
 from adamba.surgery.bases import BASES, Base
 from adamba.tasks import ENVIRONMENTS, TASKS, tool_schemas
@@ -52,6 +54,20 @@ def test_task() -> None:
         assert pair.keys() == known.preference(seed, "train").keys()
         sample = ENVIRONMENTS["calculator"]()
         assert environment._outcome().keys() >= sample._outcome().keys()
+    for make in (task.prompt, task.example, task.preference):
+        assert make(3, "train", max_number=9)["prompt" if make is not task.example else "messages"]
+        with pytest.raises(
+            UserError, match="settings of task parity: unknown key 'digits'; known keys are max_number"
+        ):
+            make(3, "train", digits=3)
+    assert all(task.prompt(seed, "train", max_number=9)["number"] < 9 for seed in range(20))
+
+
+def test_card_of_a_task(tmp_path: Path) -> None:
+    front_matter = block("data_cards/parity.md, between two lines of ---")
+    (tmp_path / "parity.md").write_text(f"---\n{front_matter}---\nHow its rows are made.\n")
+    card = load_card("parity", tmp_path)
+    assert card.loader == "task" and card.license != "unknown" and card.use and card.size
 
 
 def test_tool() -> None:

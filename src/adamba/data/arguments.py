@@ -7,6 +7,7 @@ from adamba.data.cards import find_cards_dir
 from adamba.data.mixture import parse_mix
 from adamba.errors import UserError
 from adamba.tasks import TASKS
+from adamba.tasks.task import refuse_unknown_settings
 
 TASKS_OF_FILES = {"questions"}  # tasks whose instances are read from the user's file: its setting `data_file`
 
@@ -35,6 +36,8 @@ class DataArguments:
             self.mix = parse_mix(self.mix)
         except ValueError as error:
             raise UserError(str(error)) from None
+        for name in TASKS.keys() & self.task_settings.keys():
+            refuse_unknown_settings(TASKS[name], self.task_settings[name])
         for name in TASKS_OF_FILES & self.data_files.keys():
             settings = self.task_settings.get(name, {})
             self.task_settings = self.task_settings | {name: settings | {"data_file": self.data_files[name]}}

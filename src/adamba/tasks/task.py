@@ -91,6 +91,24 @@ def settings_from(cls: type[T], task: str, settings: dict[str, Any]) -> T:
     return cls(**settings)
 
 
+def refuse_unknown_settings(task: Task, settings: object) -> None:
+    """Refuse what a task's functions do not take as keyword arguments; those that take any check them themselves.
+
+    Raises:
+        UserError: naming the task and the key.
+    """
+    if not isinstance(settings, dict):
+        raise UserError(f"task_settings: {task.name}: {settings!r} needs a mapping, for instance {{max_number: 9}}")
+    parameters = inspect.signature(task.prompt).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [parameter.name for parameter in parameters if parameter.name not in ("seed", "split")]
+    for key in settings:
+        if key not in known:
+            takes = f"known keys are {', '.join(known)}" if known else "this task takes no settings"
+            raise UserError(f"task_settings: {task.name}: unknown key {key!r}; {takes}")
+
+
 def split_of(instance: str) -> Split:
     """The split an instance belongs to, from its own text: no seed can bring a test instance into training.
 
