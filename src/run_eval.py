@@ -29,9 +29,15 @@ from adamba.model import AdambaForCausalLM
 from adamba.model.decoding_adamba import OPTIONS
 from adamba.publish import read_run, update_metrics
 from adamba.recipe import parse
-from adamba.tasks import TASKS
 from adamba.training.calibration import calibrate_checkpoint, calibration_settings, require_gates
-from adamba.training.evaluation import GameSettings, exit_metrics, losses_by_source, observe_exits, play_tasks
+from adamba.training.evaluation import (
+    GameSettings,
+    check_tasks,
+    elastic_metrics,
+    losses_by_source,
+    play_tasks,
+    tell_not_played,
+)
 from adamba.training.session import logger, setup_logging
 
 
@@ -66,10 +72,8 @@ class EvalArguments:
     max_new_tokens: int = field(default=96, metadata={"help": "Tokens in one turn of the model."})
 
     def __post_init__(self) -> None:
-        for key in ("num_episodes", "num_sweep_episodes"):
-            for name in getattr(self, key):
-                if name not in TASKS:
-                    raise UserError(f"{key}: {name!r} is no task; use {', '.join(TASKS)}")
+        check_tasks("num_episodes", self.num_episodes)
+        check_tasks("num_sweep_episodes", self.num_sweep_episodes)
 
 
 @user_errors()
@@ -112,6 +116,7 @@ def main() -> None:
     metrics["hidden_size"] = model.config.hidden_size
     logger.info("held-out loss %.4f", metrics["eval_loss"])
 
+    tell_not_played(data_args.mix, args.num_episodes)
     games = GameSettings(args.num_episodes, args.max_new_tokens, args.play_batch_size, data_args.task_settings)
     sweep = GameSettings(args.num_sweep_episodes, args.max_new_tokens, args.play_batch_size, data_args.task_settings)
     if games.num_episodes:
@@ -130,26 +135,6 @@ def main() -> None:
         if not key.startswith("gate_bin"):
             value = metrics[key]
             logger.info("  %s: %s", key, value if isinstance(value, str) else f"{value:.6g}")
-
-
-def elastic_metrics(model, tokenizer, rows, args: EvalArguments, sweep: GameSettings) -> dict[str, float]:
-    """Every width that the checkpoint has (a sliced one has fewer), every threshold."""
-    metrics: dict[str, float] = {}
-    widest = min(model.config.attention_widths)
-    for width in (level for level in model.config.width_levels.values() if level <= widest):
-        for source, loss in losses_by_source(model, rows, args.batch_size, width=width).items():
-            metrics[f"eval_loss_width_{width}" + (f"_{source}" if source else "")] = loss
-        metrics[f"flops_per_token_width_{width}"] = flops_per_token(model.config, width, args.max_length)
-        if sweep.num_episodes:
-            for key, value in play_tasks(model, tokenizer, sweep, width=width).items():
-                metrics[f"{key}_width_{width}"] = value
-    if not model.config.gate_layers:
-        return metrics
-    metrics |= exit_metrics(model, observe_exits(model, rows, args.batch_size), args.exit_thresholds)
-    for threshold in args.sweep_thresholds if sweep.num_episodes else ():
-        for key, value in play_tasks(model, tokenizer, sweep, exit_threshold=threshold).items():
-            metrics[f"{key}_threshold_{threshold:g}"] = value
-    return metrics
 
 
 if __name__ == "__main__":

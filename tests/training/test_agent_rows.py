@@ -96,7 +96,10 @@ def test_imitated_sources_have_no_worse_turn_and_must_be_in_the_mix() -> None:
     mix = {"calculator": 1.0, "tic_tac_toe": 1.0}
     for row in preference_rows(mix, 40, imitated=["calculator"], **options):
         assert (row["chosen"] == row["rejected"]) == (row["source"] == "calculator")
-    with pytest.raises(ValueError, match=r"imitated: 'sudoku' is not in the mix \(calculator, tic_tac_toe\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"imitated: 'sudoku' is not in the mix \(calculator, tic_tac_toe\); give --imitated '\[\]' too",
+    ):
         preference_rows(mix, 40, imitated=["sudoku"], **options)
 
 

@@ -19,7 +19,7 @@ from adamba.training.calibration import (
     text_measure,
     upper_bound,
 )
-from adamba.training.evaluation import GameSettings, play_tasks
+from adamba.training.evaluation import GameSettings, play_tasks, tell_not_played
 from models import dense_base, hybrid, tokens
 
 
@@ -96,6 +96,15 @@ def test_calibration_needs_trained_gates() -> None:
 
 def test_a_task_with_no_episodes_is_not_played() -> None:
     assert play_tasks(hybrid(0), None, GameSettings({"calculator": 0})) == {}
+
+
+def test_a_task_of_the_mix_that_is_not_played_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="adamba")
+    tell_not_played(["calculator", "fineweb"], {"calculator": 5})
+    tell_not_played(["calculator"], {})  # losses alone were asked for
+    assert caplog.messages == []
+    tell_not_played(["sudoku", "fineweb"], {"calculator": 5, "sudoku": 0})
+    assert caplog.messages == ["in the mix but not played: sudoku (--num_episodes sudoku=5 plays)"]
 
 
 def test_text_losses_are_those_of_decoding_with_exits() -> None:

@@ -67,7 +67,10 @@ def preference_rows(
     _check_sources(mix, settings, [*TASKS, *data_files])
     for name in imitated:
         if name not in mix:
-            raise UserError(f"imitated: {name!r} is not in the mix ({', '.join(mix)})")
+            rest = [source for source in imitated if source in mix]
+            raise UserError(
+                f"imitated: {name!r} is not in the mix ({', '.join(mix)}); give --imitated '[{', '.join(rest)}]' too"
+            )
     pairs = {name: _shuffled_pairs(data_files[name], split, seed) for name in mix if name in data_files}
 
     def make(name: str, row_seed: int) -> Row:

@@ -1,20 +1,25 @@
 """Held-out measures of a checkpoint: loss at every width, what early exit would cost and save, and played episodes."""
 
 import itertools
+import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adamba.flops import forward_flops_per_token, layer_flops
+from adamba.errors import UserError
+from adamba.flops import flops_per_token, forward_flops_per_token, layer_flops
 from adamba.model import AdambaForCausalLM
 from adamba.tasks import TASKS
 from adamba.training.head_losses import IGNORED, head_losses, next_token_losses, run_to_head
 from adamba.training.play import play, score_episodes
+
+logger = logging.getLogger("adamba")
 
 NUM_BINS = 10
 Batch = dict[str, torch.Tensor]
@@ -116,6 +121,25 @@ def reliability(confidence: torch.Tensor, agrees: torch.Tensor) -> dict[str, flo
     return {"gate_ece": error, **metrics}
 
 
+def check_tasks(key: str, num_episodes: Mapping[str, int]) -> None:
+    """Refuse what is no task.
+
+    Raises:
+        UserError: naming the recipe's key and the tasks that there are.
+    """
+    for name in num_episodes:
+        if name not in TASKS:
+            raise UserError(f"{key}: {name!r} is no task; use {', '.join(TASKS)}")
+
+
+def tell_not_played(mix: Iterable[str], num_episodes: Mapping[str, int]) -> None:
+    """One line on tasks of the mix that are not played where others are: a new mix does not change what is."""
+    unplayed = [name for name in mix if name in TASKS and not num_episodes.get(name)]
+    if unplayed and any(num_episodes.values()):
+        more = ",".join(f"{name}={max(num_episodes.values())}" for name in unplayed)
+        logger.info("in the mix but not played: %s (--num_episodes %s plays)", ", ".join(unplayed), more)
+
+
 @dataclass
 class GameSettings:
     """How many episodes of each task are played, and against whom."""
@@ -163,4 +187,24 @@ def play_tasks(
             generate_kwargs=generate_kwargs,
         )
         metrics |= score_episodes(name, gather_object(episodes))
+    return metrics
+
+
+def elastic_metrics(model, tokenizer, rows, args: Any, sweep: GameSettings) -> dict[str, float]:
+    """Every width that the checkpoint has (a sliced one has fewer), every threshold. `args`: run_eval.py's."""
+    metrics: dict[str, float] = {}
+    widest = min(model.config.attention_widths)
+    for width in (level for level in model.config.width_levels.values() if level <= widest):
+        for source, loss in losses_by_source(model, rows, args.batch_size, width=width).items():
+            metrics[f"eval_loss_width_{width}" + (f"_{source}" if source else "")] = loss
+        metrics[f"flops_per_token_width_{width}"] = flops_per_token(model.config, width, args.max_length)
+        if sweep.num_episodes:
+            for key, value in play_tasks(model, tokenizer, sweep, width=width).items():
+                metrics[f"{key}_width_{width}"] = value
+    if not model.config.gate_layers:
+        return metrics
+    metrics |= exit_metrics(model, observe_exits(model, rows, args.batch_size), args.exit_thresholds)
+    for threshold in args.sweep_thresholds if sweep.num_episodes else ():
+        for key, value in play_tasks(model, tokenizer, sweep, exit_threshold=threshold).items():
+            metrics[f"{key}_threshold_{threshold:g}"] = value
     return metrics
