@@ -11,10 +11,12 @@ import yaml
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import get_json_schema
 
+from adamba.bases import BASES, Base
+from adamba.budget import sizes
 from adamba.data import load_card
 from adamba.errors import UserError
+from adamba.flops import num_parameters
 from adamba.surgery import insert_mamba
-from adamba.surgery.bases import BASES, Base
 from adamba.tasks import ENVIRONMENTS, TASKS, tool_schemas
 from adamba.tools import TOOLS
 from models import tokens
@@ -88,9 +90,10 @@ def test_dataset(tmp_path: Path) -> None:
 
 def test_base(monkeypatch) -> None:
     entries = eval("{" + block("in BASES") + "}", {"Base": Base})
-    monkeypatch.setattr("adamba.surgery.insert.BASES", BASES | entries)
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    config = Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    for kind, base in entries.items():
+        monkeypatch.setitem(BASES, kind, base)
+    small = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = Qwen2Config(**small, num_attention_heads=4, num_key_value_heads=2)
     torch.manual_seed(0)
     dense = Qwen2ForCausalLM(config).eval()
     for name, parameter in dense.named_parameters():
@@ -98,7 +101,10 @@ def test_base(monkeypatch) -> None:
             torch.nn.init.normal_(parameter)
     ids = tokens(0)
     with torch.no_grad():
-        torch.testing.assert_close(insert_mamba(dense).eval()(ids).logits, dense(ids).logits, atol=1e-5, rtol=0)
+        hybrid = insert_mamba(dense).eval()
+        torch.testing.assert_close(hybrid(ids).logits, dense(ids).logits, atol=1e-5, rtol=0)
+    planned = sizes.inserted(sizes.config_from(dense.config.to_dict()), 1, None, {})  # `make plan` counts it too
+    assert sum(num_parameters(planned).values()) == hybrid.num_parameters()
 
 
 def test_every_path_that_the_pages_name_exists() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from adamba.bases import BASES
 from adamba.errors import UserError, one_line
 from adamba.model.configuration_adamba import AdambaConfig
 
@@ -84,20 +85,17 @@ def inserted(base: Any, every: int, width_levels: Mapping[str, int] | None, hybr
     layer_types: list[str] = []
     for index, kind in enumerate(kinds):
         layer_types += [kind] + (["linear_attention"] if (index + 1) % every == 0 else [])
-    nanochat = base.model_type == "nanochat"
     fields: dict[str, Any] = {key: getattr(base, key) for key in DENSE_FIELDS}
     for key in ("attention_bias", "mlp_bias", "tie_word_embeddings", "sliding_window"):
         fields[key] = getattr(base, key, None) or AdambaConfig.__dict__.get(key)
     fields |= {
         "head_dim": getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads,
-        "qk_norm": {"nanochat": "after_rope", "qwen3": "before_rope"}.get(base.model_type),
-        "mlp_gated": not nanochat,
-        "norm_gain": not nanochat,
-        "embedding_norm": nanochat,
         "layer_types": layer_types,
         "num_hidden_layers": len(layer_types),
         "width_levels": dict(width_levels) if width_levels else None,
     }
+    if base.model_type in BASES:
+        fields |= BASES[base.model_type].fixed
     return AdambaConfig(**fields | dict(hybrid))
 
 

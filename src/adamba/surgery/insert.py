@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from adamba.bases import BASES, describe_bases
 from adamba.model import AdambaConfig, AdambaForCausalLM
 
 from .axes import layer_of, role_of
-from .bases import BASES, describe_bases
 from .rules import Surgery, apply, empty_model, fresh_tensor, seed_for
 
 # Fields of the base's config that a hybrid may set otherwise: no weight depends on them.
