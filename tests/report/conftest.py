@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from adamba.report.reading import PHASES
+
 WIDTHS = {"phase2": (16, 32, 48, 64), "phase3b": (16, 32, 48, 64, 96), "phase4b": (32, 64, 96, 128)}
 HIDDEN_SIZES = {"phase3a": 96, "phase3b": 96, "phase4a": 128}
 THRESHOLDS = (0.8, 0.9, 0.95, 0.99, 1.0)
@@ -88,11 +90,12 @@ def _agent(name: str) -> dict[str, float]:
 
 
 def write_family(root: Path) -> Path:
-    """Write all eleven phases of a tiny family under `root` and return `root`."""
+    """Write all phases of a tiny family under `root` and return `root`. A phase unknown here is a training phase."""
     rng = random.Random(0)
     hidden_size, loss = 64, 8.3
     names = ("base", "phase0", "phase1", "phase2", "phase3a", "phase3b", "phase4a", "phase4b", "phase5")
-    for name in (*names, "phase6_grpo", "phase6_dpo"):
+    known = (*names, "phase6_grpo", "phase6_dpo")
+    for name in (*known, *(phase for phase in PHASES if phase not in known)):
         folder = root / name
         hidden_size = HIDDEN_SIZES.get(name, hidden_size)
         metrics: dict[str, float] = {"hidden_size": hidden_size, "num_parameters": 21_000 * hidden_size}
@@ -109,7 +112,7 @@ def write_family(root: Path) -> Path:
         else:
             start, end = LM_PHASES.get(name, (2.4, 0.31))
             loss = end + 0.06
-            tokens = {"base": 4_000_000, "phase5": 2_500_000}.get(name, 1_500_000)
+            tokens = {"base": 4_000_000, "phase5": 2_500_000}.get(name, 1_500_000 if name in known else 0)
             metrics |= {"tokens_seen": tokens, "train_seconds": 75.0, "train_loss": end, "eval_loss": loss}
             metrics |= {"peak_memory_bytes": 2.1e9}
             log = _log(start, end, tokens, WIDTHS.get(name, ()), rng)

@@ -8,20 +8,21 @@ import pytest
 
 from adamba.errors import UserError
 from adamba.report import read_family
+from adamba.report.reading import PHASES
 
 
 def test_phases_come_in_the_order_of_the_plan(family_dir: Path) -> None:
     family = read_family(family_dir)
     names = [phase.name for phase in family.phases]
     assert family.name == "tiny"
-    assert names[:4] == ["base", "phase0", "phase1", "phase2"] and names[-1] == "phase6_grpo" and len(names) == 11
+    assert names[:4] == ["base", "phase0", "phase1", "phase2"] and names == list(PHASES)
     assert not family.missing
 
 
 def test_a_recipes_folder_says_which_phases_there_should_be(family_dir: Path, tmp_path: Path) -> None:
     recipes = tmp_path / "recipes" / "tiny"
     recipes.mkdir(parents=True)
-    for name in ("base", "phase1", "phase7"):
+    for name in ("base", "phase1", "phase99"):
         (recipes / f"{name}.yaml").write_text(f"output_dir: {family_dir / name}\nlearning_rate: 1e-4\n")
     (recipes / "eval.yaml").write_text("output_dir: somewhere\n")
     (recipes / "report.yaml").write_text("{}\n")
@@ -29,7 +30,7 @@ def test_a_recipes_folder_says_which_phases_there_should_be(family_dir: Path, tm
     assert [(phase.name, phase.status) for phase in family.phases] == [
         ("base", "complete"),
         ("phase1", "complete"),
-        ("phase7", "missing"),
+        ("phase99", "missing"),
     ]
     base = family.get("base")
     assert base is not None
