@@ -18,7 +18,6 @@ import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import transformers
@@ -78,7 +77,7 @@ def line_reader(prompt: str | None) -> Callable[[str], str]:
 @user_errors()
 def main() -> None:
     argv = sys.argv[1:]
-    if argv and Path(argv[0]).is_dir():
+    if argv and not argv[0].startswith("-") and not argv[0].endswith((".yaml", ".yml")):
         argv = ["--model", *argv]
     args, options, _ = parse(ChatArguments, ChatOptions, argv=argv)
     transformers.logging.set_verbosity_error()

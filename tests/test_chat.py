@@ -375,6 +375,11 @@ def test_the_command(
         run_chat.main()
     assert stopped.value.code == 2 and "task: 'chess' is unknown" in capsys.readouterr().err
 
+    monkeypatch.setattr(sys, "argv", ["run_chat.py", "nosuch"])
+    with pytest.raises(SystemExit):
+        run_chat.main()
+    assert "nosuch: no such folder; give a checkpoint, a folder of" in capsys.readouterr().err
+
     command = [sys.executable, "src/run_chat.py", tmp_path, "--prompt", "What is 1 + 1?", "--max-new-tokens", "5"]
     done = subprocess.run([*map(str, command), "--width", "auto"], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

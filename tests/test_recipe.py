@@ -185,7 +185,8 @@ def test_command_line_values(words, key, value):
         ("widths: [8, x]", "key 'widths': item 1: got 'x' (text), needs whole number"),
         ("widths: 8", "key 'widths': got 8 (a whole number), needs list of whole number"),
         ("lora_r: 1\nlora_r: 2", "not valid YAML: key 'lora_r' is given twice, again on line 2"),
-        ("a: [1", "not valid YAML: "),
+        ("a: [1", "not valid YAML: line 1, column 6: expected ',' or ']', but got '<stream end>'"),
+        ("mix: {a: 1\nx: 3", "not valid YAML: line 2, column 2: expected ',' or '}', but got ':'"),
         ("just text", "a recipe is lines of `key: value`"),
         ("", "a recipe is lines of `key: value`"),
         ("env: 3", "key 'env': got 3, needs a mapping of environment variables"),
@@ -392,3 +393,9 @@ def test_a_value_of_the_command_line_is_not_blamed_on_the_recipe(key, tmp_path: 
     path.write_text(path.read_text().replace("max_steps: 1\n", "") + f"{key}: -5\nnum_train_epochs: 1\n")
     with pytest.raises(UserError, match=f"^{path}: "):
         parse(*types, argv=[str(path)])
+
+
+@pytest.mark.parametrize("script", ["run_pretrain", "run_surgery"])
+def test_without_a_recipe_the_error_says_that_there_are_recipes(script) -> None:
+    with pytest.raises(UserError, match="give a recipe first"):
+        parse(*dataclasses_of(script), argv=[])

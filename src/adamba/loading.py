@@ -282,7 +282,10 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
         with _no_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(**where)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: no tokenizer could be loaded: {one_line(error)[:MAX_REASON]}") from error
+        reason = one_line(error)[:MAX_REASON]
+        if Path(name).is_dir() and not (Path(name) / "tokenizer.json").is_file():
+            reason = "it has no tokenizer.json; tokenizer_name_or_path takes that of another folder"
+        raise UserError(f"{name}: no tokenizer could be loaded: {reason}") from error
     return add_chat_tokens(tokenizer) if args.add_chat_tokens else tokenizer
 
 

@@ -118,7 +118,9 @@ class AdambaParser(TrlParser, KeepingParser):
         source = path or "command line"
         missing = [key for key in self.required if key not in values]
         if missing:
-            raise UserError(f"{source}: key '{missing[0]}': required, give it a {describe(self.hints[missing[0]])}")
+            recipe = "" if path else ", or give a recipe first, which has all keys"
+            needs = describe(self.hints[missing[0]])
+            raise UserError(f"{source}: key '{missing[0]}': required, give it a {needs}{recipe}")
 
         instances = []
         resolved = dict(values)
@@ -130,6 +132,8 @@ class AdambaParser(TrlParser, KeepingParser):
                 said = one_line(error)
                 blamed = re.match(r"(?:--)?(\w+)", said)
                 given_there = blamed is not None and blamed[1] in on_command_line
+                if path is None and ": missing" in said:
+                    said += "; or give a recipe first, which has all keys, for instance recipes/tiny/phase1.yaml"
                 raise UserError(f"{'command line' if given_there else source}: {said}") from error
             instances.append(instance)
             if hasattr(instance, "bf16"):

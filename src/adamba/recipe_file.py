@@ -44,7 +44,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     try:
         values = load_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark and problem else one_line(error)
+        raise UserError(f"{path}: not valid YAML: {where}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path}: a recipe is lines of `key: value`")
     return values

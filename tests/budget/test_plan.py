@@ -102,6 +102,11 @@ def test_the_budget_is_kept_or_named(plan) -> None:
     assert code == 2 and shown.splitlines()[-1].startswith("error: --max-usd: 500 is below the plan's $9")
 
 
+def test_a_plan_of_cents_is_not_rounded_to_nothing(plan) -> None:
+    code, shown = plan("recipes/tiny", "--max-usd", "0.001")
+    assert code == 2 and re.search(r"--max-usd: 0\.001 is below the plan's \$0\.\d+", shown)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

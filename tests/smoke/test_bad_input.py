@@ -277,7 +277,10 @@ def add_tensor(weights: dict) -> None:
         (edit_weights(drop_norm), "broken: 1 missing weights, first model.layers.1.norm.weight"),
         (edit_weights(add_tensor), "broken: 1 unexpected weights, first model.layers.1.nothing.weight"),
         (edit_weights(shrink_norm), "model.layers.1.norm.weight"),
-        (lambda folder: [file.unlink() for file in folder.glob("token*")], "broken: no tokenizer could be loaded"),
+        (
+            lambda folder: [file.unlink() for file in folder.glob("token*")],
+            "broken: no tokenizer could be loaded: it has no tokenizer.json; tokenizer_name_or_path takes that",
+        ),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "broken: no tokenizer could be loaded"),
     ],
     ids=lambda value: getattr(value, "__name__", None),

@@ -27,7 +27,7 @@ def print_plan(family: Path, phases: Sequence[PlannedPhase], machine: Machine, m
     print("\n".join([*_assumptions(machine, phases), "", *_variants(family, phases, machine, max_usd)]))
     total = _usd(priced)
     if max_usd is not None:
-        print(f"\ntotal ${total:,.0f} of ${max_usd:,.0f}: ${abs(max_usd - total):,.0f} "
+        print(f"\ntotal {_money(total)} of {_money(max_usd)}: {_money(abs(max_usd - total))} "
               f"{'left' if total <= max_usd else 'over'}")  # fmt: skip
     too_big = [entry.phase.name for entry in priced if not entry.fits]
     if too_big:
@@ -38,8 +38,13 @@ def print_plan(family: Path, phases: Sequence[PlannedPhase], machine: Machine, m
         )
     if max_usd is not None and total > max_usd:
         raise UserError(
-            f"--max-usd: {max_usd:,.0f} is below the plan's ${total:,.0f}; lower max_steps, or skip a phase"
+            f"--max-usd: {_money(max_usd)[1:]} is below the plan's {_money(total)}; lower max_steps, or skip a phase"
         )
+
+
+def _money(usd: float) -> str:
+    """Whole dollars; of a few, two digits: a tiny plan costs less than one."""
+    return f"${usd:,.0f}" if usd >= 10 or usd == 0 else f"${usd:.2g}"
 
 
 def _row(entry: PricedPhase) -> tuple[str, ...]:
