@@ -112,21 +112,24 @@ def _in_chunks(model, head: Head, states_TD, labels, counted, target: HeadLosses
 
 
 def _of_chunk(head: Head, reduce, states_TD, labels_T, targets_TD) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    targets_TV = None
+    targets: list[torch.Tensor] = []
     if targets_TD is not None:
         with torch.no_grad():
-            targets_TV = head(targets_TD)
-    return reduce(head(states_TD), labels_T, targets_TV)
+            targets.append(head(targets_TD))
+    return reduce([head(states_TD)], labels_T, targets)
 
 
 def reduce_logits(
-    logits_TV: torch.Tensor, labels_T: torch.Tensor, targets_TV: torch.Tensor | None
+    logits: list[torch.Tensor], labels_T: torch.Tensor, targets: list[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross entropy (T,), likeliest tokens (T,) and the summed divergence from `targets_TV`, computed in fp32."""
-    log_probabilities = logits_TV.float().log_softmax(-1)
+    """
+    Cross entropy (T,), likeliest tokens (T,) and the summed divergence from `targets`, computed in fp32. Logits (T, V)
+    come in lists of at most one, which are emptied: an argument would live until the end, beside what is made of it.
+    """
+    log_probabilities = logits.pop().float().log_softmax(-1)
     losses = F.nll_loss(log_probabilities, labels_T, reduction="none")
     divergence = losses.new_zeros(())
-    if targets_TV is not None:
-        target = targets_TV.float().log_softmax(-1)
+    if targets:
+        target = targets.pop().float().log_softmax(-1)
         divergence = F.kl_div(log_probabilities, target, reduction="sum", log_target=True)
     return losses, log_probabilities.argmax(-1), divergence
