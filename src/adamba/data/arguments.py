@@ -46,10 +46,11 @@ class DataArguments:
     def files_read(self) -> dict[str, str]:
         """What the rows depend on besides code and keys: local files of the mix, and the cards that read them."""
         files = {name: path for name, path in self.data_files.items() if name in self.mix}
+        cards = find_cards_dir(self.cards_dir)
         for name in self.mix:
             if "data_file" in self.task_settings.get(name, {}):
                 files[name] = self.task_settings[name]["data_file"]
-            card = find_cards_dir(self.cards_dir) / f"{name}.md"
+            card = cards / f"{name}.md"
             if name not in TASKS and card.is_file():
                 files[f"card of {name}"] = str(card)
         return files

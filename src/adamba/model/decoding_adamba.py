@@ -302,10 +302,8 @@ class AdaptiveGenerationMixin:
             kwargs.pop("exit_threshold", None)
             if "expand_threshold" in kwargs:
                 kwargs["expand_threshold"] = 0.0  # no gate is so unsure, and both widths are cached
-        kwargs |= {
-            "attention_mask": attention_mask,
-            "inputs_embeds": inputs_embeds,
-        }  # transformers looks for the names
+        # Both stand in the signature because transformers looks for them there.
+        kwargs |= {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
 
     def _prepare_generation_config(self, generation_config, **kwargs):
