@@ -20,6 +20,8 @@ CALL = ToolCall("calculator", {"expression": "5 + 3"})
         ('<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [ToolCall("f", {"a": 1})]),
         ('<tool_call>{"name": "f"}</tool_call>', "", [ToolCall("f")]),
         ("5 + 3 # Answer", "5 + 3 # Answer", []),
+        (f"<think>\nI could say {GOOD} or <tool_call>{{\n</think>\n\n{GOOD}", "", [CALL]),
+        (f"<think>\n{GOOD}\n</think>\n\nAnswer: 8", "Answer: 8", []),
         ("", "", []),
     ],
 )
@@ -37,6 +39,8 @@ def test_parse(text: str, content: str, calls: list[ToolCall]) -> None:
         ('{"name": 3, "arguments": {}}', "has no name"),
         ('{"name": "f", "arguments": [1]}', "not a JSON object"),
         ('{"name": "f", "arguments": "{"}', "not a JSON object"),
+        ('{"name": "f", "arguments": {"cell": ' + "9" * 5000 + "}}", "not valid JSON"),
+        ('{"name": "f", "arguments": "{\\"cell\\": ' + "9" * 5000 + '}"}', "not a JSON object"),
     ],
 )
 def test_a_broken_call_is_kept_with_its_reason(body: str, reason: str) -> None:

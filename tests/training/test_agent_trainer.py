@@ -83,6 +83,19 @@ def test_a_readable_turn_is_parsed_as_before(tokenizer) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ("<think>\nNot <tool_call>{ though.\n</think>\n\n" + CALL.format("move", '{"moves": "RD"}'), {"moves": "RD"}),
+        (CALL.format("move", json.dumps('{"moves": "RD"}')), {"moves": "RD"}),
+    ],
+)
+def test_a_call_after_a_thought_or_with_its_arguments_in_a_text_is_made(tokenizer, text: str, arguments: dict) -> None:
+    answer_unreadable_calls(tokenizer)
+    message = tokenizer.parse_response(tokenizer.encode(text + "<|im_end|>"), prefix="")
+    assert [call["function"] for call in message["tool_calls"]] == [{"name": "move", "arguments": arguments}]
+
+
 def test_advantages_are_normalised_inside_a_group_and_discounted_by_turn(tokenizer, tmp_path: Path) -> None:
     roles = select_roles(TEAM, ENVIRONMENTS["plan_path"])
     team = TeamSettings(roles, alpha=2.0, turn_discount=0.5, num_parallel_games=1)

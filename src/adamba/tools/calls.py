@@ -10,6 +10,7 @@ from typing import Any
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 # The call runs to its closing tag, or to the end of the text when the tag is missing.
 CALL = re.compile(re.escape(OPEN) + r"(.*?)(?:" + re.escape(CLOSE) + r"|\Z)", re.DOTALL)
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # as the tokenizer's response template has it
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,12 @@ class ToolCall:
 
 
 def parse_tool_calls(text: str) -> tuple[str, list[ToolCall]]:
-    """Split an assistant's text into its content and its tool calls, in order.
+    """Split an assistant's text into its content and its tool calls, in order; what it thought first is neither.
 
     A call that cannot be read is kept, with `error` saying why: it must be answered, not silently dropped.
     """
+    thought = THOUGHT.match(text)
+    text = text[thought.end() :] if thought else text
     calls = [_parse(match.group(1)) for match in CALL.finditer(text)]
     return CALL.sub("", text).strip(), calls
 
@@ -33,7 +36,7 @@ def parse_tool_calls(text: str) -> tuple[str, list[ToolCall]]:
 def _parse(body: str) -> ToolCall:
     try:
         call = json.loads(body.strip())
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # the first also of a number of more than 4,300 digits
         return ToolCall(error="error: the tool call is not valid JSON")
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return ToolCall(error="error: the tool call has no name")
@@ -41,7 +44,7 @@ def _parse(body: str) -> ToolCall:
     if isinstance(arguments, str):  # some models write the arguments as JSON inside a string
         try:
             arguments = json.loads(arguments)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             arguments = None
     if not isinstance(arguments, dict):
         return ToolCall(name=call["name"], error="error: the arguments are not a JSON object")

@@ -218,7 +218,11 @@ def answer_unreadable_calls(tokenizer: PreTrainedTokenizerBase) -> None:
         content, calls = parse_tool_calls(text) if OPEN in text else (text, [])
         errors = [call.error for call in calls if call.error]
         if not errors:
-            return original(self, response, *args, **kwargs)
+            message = original(self, response, *args, **kwargs)
+            for written, call in zip(message.get("tool_calls") or (), calls, strict=False):
+                if isinstance(written["function"].get("arguments"), str):  # JSON in a text, which TRL cannot pass on
+                    written["function"]["arguments"] = call.arguments
+            return message
         function = {"name": UNREADABLE, "arguments": {"error": errors[0]}}
         return {"role": "assistant", "content": content, "tool_calls": [{"type": "function", "function": function}]}
 

@@ -1,6 +1,5 @@
 """The agent loop of evaluation: many episodes at once, one `generate` call a turn for all that are still live."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adamba.tasks import ENVIRONMENTS, tool_methods, tool_schemas
 from adamba.tools import parse_tool_calls, run_tool_call
+from adamba.tools.calls import THOUGHT
 
 Message = dict[str, Any]
 Row = dict[str, Any]
-THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # as the tokenizer's response template has it
 
 
 @dataclass
@@ -213,7 +212,7 @@ def _take_turn(item: _Live, new_ids: list[int], tokenizer: PreTrainedTokenizerBa
         item.ids.append(tokenizer.eos_token_id)
     text = tokenizer.decode(new_ids, skip_special_tokens=True)
     thought = THOUGHT.match(text)
-    content, calls = parse_tool_calls(text[thought.end() :] if thought else text)
+    content, calls = parse_tool_calls(text)
     message: Message = {"role": "assistant", "content": content}
     if thought and thought[1].strip():
         message["reasoning_content"] = thought[1].strip("\n")
