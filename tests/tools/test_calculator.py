@@ -54,6 +54,8 @@ def test_values(expression: str, expected: str) -> None:
         ("log(2, 3)", "error: cannot use 'log(2, 3)'"),
         ("[1][0]", "error: cannot use '[1][0]'"),
         ("1 if 1 else 2", "error: cannot use '1 if 1 else 2'"),
+        ("f\"{'\u200b'}\"", "error: cannot use "),
+        ("1 + f\"{'\x07'}\"", "error: cannot use "),
     ],
 )
 def test_refusals_say_why(expression: str, message: str) -> None:

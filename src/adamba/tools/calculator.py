@@ -88,7 +88,10 @@ def _value(node: ast.expr) -> float:
 
 
 def _describe(node: ast.expr) -> str:
-    return f"'{ast.unparse(node)[:40]}'"
+    try:
+        return f"'{ast.unparse(node)[:40]}'"
+    except ValueError:  # some f-strings cannot be written again
+        return "this"
 
 
 def calculator(expression: str) -> str:
