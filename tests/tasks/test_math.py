@@ -224,3 +224,15 @@ def test_the_tool_of_questions_is_the_code_interpreter() -> None:
     assert QUESTIONS.example(0, "train")["tools"] == [get_json_schema(code_interpreter)]
     with pytest.raises(UserError, match="isolation is 'maybe'"):
         QUESTIONS.prompt(0, "train", isolation="maybe")
+
+
+@pytest.mark.parametrize(
+    ("code", "runs"),
+    [("print(1)", True), ("print('error: none')", True), ("print(1, end='')\n1 / 0", False), (5, False)],
+)
+def test_a_call_counts_as_valid_when_its_code_ran_to_its_end(code: object, runs: bool) -> None:
+    environment = QUESTIONS.environment()
+    environment.reset(answer="1", isolation="none")
+    environment.code_interpreter(code)
+    found = environment._outcome()
+    assert (found["valid_calls"], found["invalid_calls"]) == (float(runs), float(not runs))

@@ -181,6 +181,7 @@ def test_a_crash_of_the_interpreter_is_told() -> None:
         ("print(2 + 3)", "5"),
         ("x = 1", "(it printed nothing)"),
         ("print(1)\n1 / 0", "1\nerror: line 2: ZeroDivisionError: division by zero"),
+        ("print(1, end='')\n1 / 0", "1\nerror: line 2: ZeroDivisionError: division by zero"),
         ("x = (", "error: line 1: SyntaxError: '(' was never closed"),
         ("print(input())", "error: line 1: EOFError: EOF when reading a line"),
         ("raise SystemExit(3)", "error: exit code 3"),
@@ -208,11 +209,16 @@ def test_a_machine_without_isolation_refuses_in_one_line_unless_told(monkeypatch
         with pytest.raises(UserError, match="cannot isolate code.*bubblewrap.*isolation: none") as error:
             run_python("print(1)")
         assert "\n" not in str(error.value)
-        assert interpret("print(1)", isolation="none") == "1"
+        assert interpret("print(1)", isolation="none") == ("1", True)
         assert run_python("x = bytearray(10 * 2**30)", PATIENT, "none").error.endswith("MemoryError:")
         assert run_python("import os\nos.fork()\nwhile True: pass", SHORT, "none").status == "time"
     finally:
         find_backend.cache_clear()
+
+
+@pytest.mark.parametrize("action", ["os.rmdir(os.getcwd())", "os.chmod('.', 0)"])
+def test_code_that_takes_its_own_folder_away_ends_as_any_other(action: str) -> None:
+    assert run_python(f"import os\n{action}\nprint(1)", PATIENT, "none").output == "1\n"
 
 
 def test_an_unknown_isolation_is_refused() -> None:

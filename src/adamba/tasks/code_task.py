@@ -106,7 +106,7 @@ class CodeEnvironment:
             self._refused_calls += 1
             return "error: no runs left, submit now"
         self._runs += 1
-        return interpret(code, LIMITS, self._isolation)
+        return interpret(code, LIMITS, self._isolation)[0]
 
     def submit(self, code: str) -> str:
         """Hand in the function; hidden tests check it.

@@ -95,11 +95,9 @@ class QuestionsEnvironment(ToolFreeQuestionsEnvironment):
         if self._valid_calls + self._invalid_calls >= MAX_CALLS:
             self._invalid_calls += 1
             return "error: no calls left, answer now"
-        result = interpret(code, DEFAULT_LIMITS, self._isolation)
-        if result.rpartition("\n")[2].startswith("error:"):
-            self._invalid_calls += 1
-        else:
-            self._valid_calls += 1
+        result, ran = interpret(code, DEFAULT_LIMITS, self._isolation)
+        self._valid_calls += ran
+        self._invalid_calls += not ran
         return result
 
 

@@ -66,7 +66,8 @@ class Limits:
         memory_bytes: Address space; an allocation beyond it raises MemoryError inside.
         output_bytes: Printed text, standard output and error together.
         file_bytes: Each file it writes.
-        scratch_bytes: All files it writes, looked at every 50 ms.
+        scratch_bytes: All files in its folder, looked at every 50 ms. Files that it removed and keeps open are bounded
+            by `num_files` and `file_bytes` alone.
         num_files: Files it writes, and (apart) files it has open.
     """
 
@@ -259,7 +260,11 @@ def _watch(process: subprocess.Popen, scratch: str, limits: Limits) -> tuple[str
 def _too_many_files(scratch: str, limits: Limits) -> bool:
     """Whether the scratch folder (flat: the child cannot make folders) holds more than it may."""
     num_files = num_bytes = 0
-    with os.scandir(scratch) as entries:
+    try:
+        entries = os.scandir(scratch)
+    except OSError:  # without isolation the code can remove or close its folder
+        return False
+    with entries:
         for entry in entries:
             num_files += 1
             try:
