@@ -69,7 +69,10 @@ def test_only_one_right_answer_is_paid() -> None:
     assert outcome("math", row, "Answer: 24") == outcome("math", row, "  Answer: 24 ")
     assert outcome("math", row, "So it is 24. Answer: 24")["score"] == 1.0
     assert outcome("math", row, "So it is 24. Answer: 24")["well_formed"] == 0.0
-    for text in ("", "24", "Answer: 25", "Answer: 24.5", "Answer: 240", "Answer: -24", "Answer: 24 Answer: 25"):
+    assert outcome("math", row, "Answer: 24 apples") == outcome("math", row, "So it is 24. Answer: 24")
+    wrong = ["", "24", "Answer: 25", "Answer: 24.5", "Answer: 240", "Answer: -24", "Answer: 24 Answer: 25"]
+    wrong += ["Answer: 24,000", "Answer: 24/7", "Answer: 24 * 2", "Answer: 24e5", "Answer: 24 or 25", "Answer: 24%"]
+    for text in wrong:
         assert outcome("math", row, text)["score"] == 0.0, text
     assert outcome("math", row, row["prompt"][0]["content"])["score"] == 0.0
 
@@ -102,6 +105,8 @@ def test_math_splits_and_settings() -> None:
         ("$5$", "5", True),
         ("10/12", "5/6", True),
         (" saturday. ", "Saturday", True),
+        ("to be " * 30 + "or not", "to be " * 30 + "or not", True),
+        ("to be " * 30 + "and not", "to be " * 30 + "or not", False),
         ("Sunday", "Saturday", False),
         ("5/0", "5", False),
         ("121", "120", False),
@@ -198,6 +203,8 @@ def test_data_files_of_a_recipe_name_the_questions() -> None:
         ('[{"question": "a"}]', "row 1: key 'answer' is None"),
         ('[{"question": " ", "answer": "b"}]', "row 1: key 'question' is ' '"),
         ('[{"question": "a", "answer": ["b"]}]', "row 1: key 'answer'"),
+        ('[{"question": "a", "answer": "b\\nc"}]', "row 1: key 'answer' is 'b.*expected one line"),
+        ('[{"question": "a", "answer": "Answer: b"}]', "row 1: key 'answer' is 'Answer: b', expected one line without"),
     ],
 )
 def test_bad_question_files_are_refused_in_one_line(text: str, message: str, tmp_path: Path) -> None:

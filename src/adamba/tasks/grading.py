@@ -28,15 +28,17 @@ def answer_of(text: str) -> str | None:
 
 def is_same_answer(answer: str, gold: str) -> bool:
     """Whether `answer` equals `gold` as text, as a number, or for math-verify."""
-    answer, gold = answer[: MAX_CHARACTERS + 1].strip(), gold.strip()
-    if len(answer) > max(MAX_CHARACTERS, len(gold)):
+    gold = gold.strip()
+    most = max(MAX_CHARACTERS, len(gold))
+    answer = answer[: most + 1].strip()
+    if len(answer) > most:
         return False
     if _plain(answer) == _plain(gold):
         return True
     numbers = _number(answer), _number(gold)
     if numbers[0] is not None and numbers[1] is not None:
         return numbers[0] == numbers[1]
-    if COSTLY.search(answer) or not has_math_verify():
+    if len(answer) > MAX_CHARACTERS or COSTLY.search(answer) or not has_math_verify():
         return False
     return _verify(answer, gold)
 

@@ -17,7 +17,8 @@ from adamba.tasks.task import Message, Row, Split, Task, draw_instance, settings
 from adamba.tools.calculator import calculator
 
 NAME = "math"
-ANSWER = re.compile(r"Answer: (-?\d{1,18})(?![\d.])")
+# No digit may follow: neither `24,000` nor `24 or 25` is the answer 24.
+ANSWER = re.compile(r"Answer: (-?\d{1,18})(?![.%])\D*\Z")
 MAX_VALUE = 10**6
 
 
@@ -61,7 +62,7 @@ class MathEnvironment(CalculatorEnvironment):
         correct = final_text.count("Answer:") == 1 and found == [self._answer]
         return {
             "score": float(correct),
-            "well_formed": float(bool(ANSWER.fullmatch(final_text.strip()))),
+            "well_formed": float(bool(found) and final_text.strip() == f"Answer: {found[0]}"),
             "valid_calls": float(self._valid_calls),
             "invalid_calls": float(self._invalid_calls),
             "best_calls": float(self._best_calls),

@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from adamba.errors import UserError
+from adamba.tasks.grading import MARKER, answer_of
 
 
 @dataclass(frozen=True)
@@ -80,4 +81,7 @@ def _question(row: object, number: int, path: str) -> Question:
         value = row.get(key)
         if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
             raise UserError(f"{path}: row {number}: key '{key}' is {value!r}, expected a text or a number")
-    return Question(str(row.get("id", number)), str(row["question"]).strip(), str(row["answer"]).strip())
+    answer = str(row["answer"]).strip()
+    if answer_of(f"{MARKER} {answer}") is None:
+        raise UserError(f"{path}: row {number}: key 'answer' is {answer[:40]!r}, expected one line without {MARKER!r}")
+    return Question(str(row.get("id", number)), str(row["question"]).strip(), answer)
