@@ -185,6 +185,19 @@ def test_questions_from_a_file(tmp_path: Path) -> None:
         assert pair["chosen"][0]["content"] != pair["rejected"][0]["content"]
 
 
+def test_seeds_in_a_row_ask_each_question_once_before_any_again(tmp_path: Path) -> None:
+    file = tmp_path / "qa.json"
+    file.write_text(json.dumps([{"id": n, "question": f"What is {n} + {n}?", "answer": 2 * n} for n in range(99)]))
+    asked = [QUESTIONS.prompt(seed, "test", data_file=str(file))["question_id"] for seed in range(99)]
+    count = len(set(asked))
+    assert count > 3 and asked[:count] == asked[count : 2 * count] and len(set(asked[:count])) == count
+    assert asked[:count] != sorted(asked[:count], key=int)
+    file = tmp_path / "few.json"
+    file.write_text('[{"question": "What is 0 + 0?", "answer": 0}]')
+    with pytest.raises(UserError, match="few.json: none of 1 questions is of split 'test'; give more"):
+        QUESTIONS.prompt(0, "test", data_file=str(file))
+
+
 def test_data_files_of_a_recipe_name_the_questions() -> None:
     arguments = DataArguments(
         mix={"questions": 1.0}, data_files={"questions": "qa.json", "flan_cot": "x"}, task_settings={"questions": FREE}

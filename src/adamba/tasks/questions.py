@@ -8,11 +8,12 @@ data_files: {questions: my_questions.json}      # [{"id": "1", "question": "…"
 
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 
 from adamba.errors import UserError
 from adamba.tasks.grading import MARKER, answer_of, is_same_answer
 from adamba.tasks.questions_rules import Question, read_questions
-from adamba.tasks.task import Row, Split, Task, draw_instance, settings_from, tool_schemas
+from adamba.tasks.task import Row, Split, Task, settings_from, split_of, tool_schemas
 from adamba.tools.code_interpreter import interpret
 from adamba.tools.sandbox import DEFAULT_LIMITS, Isolation, require
 
@@ -109,8 +110,8 @@ def final_answer(answer: str) -> str:
 def prompt(seed: int, split: Split, **settings: object) -> Row:
     """One question with its answer, for RL and evaluation."""
     config = settings_from(QuestionsSettings, NAME, settings)
-    questions = read_questions(config.data_file)
-    drawn, _ = draw_instance(NAME, seed, split, lambda rng: rng.choice(questions), lambda drawn: drawn.question)
+    questions = _of_split(config.data_file, split)
+    drawn = questions[seed % len(questions)]
     return {
         "prompt": [{"role": "user", "content": f"{drawn.question}\nEnd with {MARKER} and the answer alone."}],
         "environment": TOOL_FREE_NAME if config.tool_free else NAME,
@@ -151,6 +152,23 @@ def preference(seed: int, split: Split, **settings: object) -> Row:
         "rejected": [{"role": "assistant", "content": final_answer(wrong)}],
         "tools": _tools(row),
     }
+
+
+@lru_cache
+def _of_split(data_file: str, split: Split) -> tuple[Question, ...]:
+    """The questions of a split in an order of their own: seeds in a row ask each once before any again.
+
+    Raises:
+        UserError: there is none.
+    """
+    questions = read_questions(data_file)
+    ours = [question for question in questions if split_of(question.question) == split]
+    if not ours:
+        raise UserError(
+            f"{data_file or NAME}: none of {len(questions)} questions is of split {split!r}; give more (one in eight, "
+            "by its text, is 'test')"
+        )
+    return tuple(random.Random(f"{NAME}/{split}").sample(ours, len(ours)))
 
 
 def _tools(row: Row) -> list[dict]:
