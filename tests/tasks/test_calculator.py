@@ -7,10 +7,11 @@ import re
 import pytest
 
 from adamba.tasks import TASKS
-from adamba.tasks.calculator import PHRASINGS, CalculatorEnvironment, CalculatorSettings
+from adamba.tasks.calculator import PHRASINGS, CalculatorEnvironment, CalculatorSettings, final_answer
 from adamba.tools import calculator
 
 TASK = TASKS["calculator"]
+ONE = {"max_depth": 1, "max_number": 1}
 
 
 @pytest.mark.parametrize("tool_free", [False, True])
@@ -79,7 +80,14 @@ def test_settings_are_obeyed() -> None:
         ({"operator_weights": {"+": 0.0}}, "all zero"),
         ({"min_depth": 4}, "min_depth 4"),
         ({"max_number": 0}, "max_number is 0"),
-        ({"max_abs_result": -1.0}, "no train instance"),
+        ({"max_abs_result": 0.1, "operator_weights": {"cos": 1.0}, **ONE, "decimal_fraction": 0}, "no train instance"),
+        ({"max_abs_result": -1.0}, "max_abs_result is -1; use above 0"),
+        ({"max_abs_result": 1e16}, r"max_abs_result is 1e\+16; use above 0, at most 1e\+15, .* has an exponent"),
+        ({"operator_weights": {"+": 2, "-": -1}}, "are negative or all zero"),
+        ({"operator_weights": {"+": "1"}}, r"operator_weights: '\+': got '1' \(text\), needs number"),
+        ({"max_depth": "3"}, r"max_depth: got '3' \(text\), needs whole number"),
+        ({"max_number": 9.5}, r"max_number: got 9.5 \(a number\), needs whole number"),
+        ({"tool_free": "false"}, r"tool_free: got 'false' \(text\), needs true or false"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(settings: dict, message: str) -> None:
@@ -107,6 +115,14 @@ def test_the_solver_scores_one() -> None:
         final = TASK.example(seed, "test")["messages"][-1]["content"]
         got = outcome(row, [row["expression"]], final)
         assert got == {"score": 1, "well_formed": 1, "valid_calls": 1, "invalid_calls": 0, "best_calls": 1}
+
+
+def test_the_largest_results_are_answered_without_an_exponent() -> None:
+    settings = {"max_abs_result": 1e15, "max_number": 10**9, "operator_weights": {"*": 1.0, "**": 1.0}}
+    rows = [TASK.prompt(seed, "train", **settings) for seed in range(200)]
+    assert any(abs(float(row["answer"])) > 1e13 for row in rows)
+    for row in rows:
+        assert outcome(row, [row["expression"]], final_answer(row["expression"], row["answer"]))["score"] == 1.0
 
 
 def test_only_one_right_answer_is_paid() -> None:

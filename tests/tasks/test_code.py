@@ -112,7 +112,7 @@ def test_splits_settings_schemas_and_preferences() -> None:
     )
     assert len(train) > 150 and test and not train & test
     assert TASK.example(3, "train") == TASK.example(3, "train") != TASK.example(4, "train")
-    for settings, message in (({"num_tests": 2}, "num_tests is 2"), ({"isolation": "no"}, "isolation is 'no'")):
+    for settings, message in (({"num_tests": 2}, "num_tests is 2"), ({"isolation": "no"}, "isolation: got 'no'")):
         with pytest.raises(UserError, match=message):
             TASK.prompt(0, "train", **settings)
     assert TASK.example(0, "train")["tools"] == [

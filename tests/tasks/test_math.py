@@ -217,7 +217,7 @@ def test_data_files_of_a_recipe_name_the_questions() -> None:
         ('[{"question": " ", "answer": "b"}]', "row 1: key 'question' is ' '"),
         ('[{"question": "a", "answer": ["b"]}]', "row 1: key 'answer'"),
         ('[{"question": "a", "answer": "b\\nc"}]', "row 1: key 'answer' is 'b.*expected one line"),
-        ('[{"question": "a", "answer": "Answer: b"}]', "row 1: key 'answer' is 'Answer: b', expected one line without"),
+        ('[{"question": "a", "answer": "Answer: b"}]', "row 1: key 'answer' is 'Answer: b', expected one line"),
     ],
 )
 def test_bad_question_files_are_refused_in_one_line(text: str, message: str, tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_the_tool_of_questions_is_the_code_interpreter() -> None:
     from transformers.utils import get_json_schema
 
     assert QUESTIONS.example(0, "train")["tools"] == [get_json_schema(code_interpreter)]
-    with pytest.raises(UserError, match="isolation is 'maybe'"):
+    with pytest.raises(UserError, match="isolation: got 'maybe'"):
         QUESTIONS.prompt(0, "train", isolation="maybe")
 
 

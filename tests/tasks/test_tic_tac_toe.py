@@ -93,6 +93,10 @@ def test_settings_are_obeyed() -> None:
     [
         ({"opponent": "strong"}, "'strong'"),
         ({"opponent": {"weak": 1.0}}, "'weak'"),
+        ({"opponent": {"perfect": 0}}, "only zeros"),
+        ({"opponent": {"perfect": -1, "random": 2}}, "negative weights"),
+        ({"opponent": 3}, "opponent: got 3"),
+        ({"random_start_fraction": "half"}, "random_start_fraction: got 'half'"),
         ({"mark": "Z"}, "'Z'"),
         ({"max_start_plies": 9}, "max_start_plies is 9"),
         ({"board": "X"}, "unknown key 'board'"),

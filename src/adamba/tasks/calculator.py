@@ -29,6 +29,7 @@ PHRASINGS = (
 )
 ANSWER = re.compile(r'# Answer: "(-?\d{1,20}\.\d{1,4})"')
 MAX_CALLS = 4  # an episode needs one; more than this only stalls
+MAX_ABS_RESULT = 1e15
 TOLERANCE = 1e-6  # answers have four decimals, so two different ones differ by 1e-4
 
 
@@ -68,12 +69,19 @@ class CalculatorSettings:
                     f"settings of task {NAME}: operator_weights has {name!r}; known operators are "
                     f"{', '.join(OPERATORS)}"
                 )
-        if not any(weight > 0 for weight in self.operator_weights.values()):
-            raise UserError(f"settings of task {NAME}: operator_weights {self.operator_weights} are all zero")
+        if min(self.operator_weights.values(), default=0) < 0 or not any(self.operator_weights.values()):
+            raise UserError(
+                f"settings of task {NAME}: operator_weights {self.operator_weights} are negative or all zero"
+            )
         if not 1 <= self.min_depth <= self.max_depth:
             raise UserError(
                 f"settings of task {NAME}: min_depth {self.min_depth} and max_depth {self.max_depth} must satisfy "
                 "1 <= min_depth <= max_depth"
+            )
+        if not 0 < self.max_abs_result <= MAX_ABS_RESULT:
+            raise UserError(
+                f"settings of task {NAME}: max_abs_result is {self.max_abs_result:g}; use above 0, at most "
+                f"{MAX_ABS_RESULT:g}, beyond which an answer has an exponent"
             )
         if self.max_number < 1:
             raise UserError(f"settings of task {NAME}: max_number is {self.max_number}; use 1 or more")

@@ -37,10 +37,6 @@ class QuestionsSettings:
     tool_free: bool = False
     isolation: Isolation = "required"
 
-    def __post_init__(self) -> None:
-        if self.isolation not in ("required", "none"):
-            raise UserError(f"settings of task {NAME}: isolation is {self.isolation!r}; use required or none")
-
 
 class ToolFreeQuestionsEnvironment:
     """An episode without tools: the outcome depends on the final text alone."""

@@ -6,11 +6,12 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from transformers.utils import get_json_schema
 
 from adamba.errors import UserError
+from adamba.recipe_values import fit
 
 Split = Literal["train", "test"]
 Message = dict[str, Any]
@@ -83,12 +84,23 @@ def tool_call(name: str, **arguments: Any) -> Message:
 
 
 def settings_from(cls: type[T], task: str, settings: dict[str, Any]) -> T:
-    """Build the settings dataclass `cls`, refusing an unknown key by name."""
-    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    for key in settings:
-        if key not in known:
-            raise UserError(f"settings of task {task}: unknown key {key!r}; known keys are {', '.join(known)}")
-    return cls(**settings)
+    """Build the settings dataclass `cls`, refusing an unknown key or a value of another type by name."""
+    hints = _cached_hints(cls)
+    fitting = {}
+    for key, value in settings.items():
+        if key not in hints:
+            raise UserError(f"settings of task {task}: unknown key {key!r}; known keys are {', '.join(hints)}")
+        try:
+            fitting[key] = fit(value, hints[key])
+        except ValueError as error:
+            raise UserError(f"settings of task {task}: {key}: {error}") from None
+    return cls(**fitting)
+
+
+@lru_cache
+def _cached_hints(cls: type) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls)}
 
 
 def refuse_unknown_settings(task: Task, settings: object) -> None:

@@ -66,6 +66,9 @@ class TicTacToeSettings:
                 raise UserError(
                     f"settings of task {NAME}: opponent is {name!r}; use any, {', '.join(STRENGTHS)} or their weights"
                 )
+        weights = self.opponent_weights.values()
+        if min(weights, default=0) < 0 or not any(weights):
+            raise UserError(f"settings of task {NAME}: opponent {self.opponent} has negative weights or only zeros")
         if self.mark not in ("X", "O", "any"):
             raise UserError(f"settings of task {NAME}: mark is {self.mark!r}; use X, O or any")
         if not 2 <= self.max_start_plies <= 8:
