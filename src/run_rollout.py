@@ -35,7 +35,9 @@ class RolloutArguments:
     num_samples: int = field(default=4, metadata={"help": "Episodes played from each."})
     split: Literal["train", "test"] = field(default="train", metadata={"help": "Which instances."})
     temperature: float = field(default=1.0, metadata={"help": "Of the sampling; 0 takes the likeliest token."})
-    max_turns: int = field(default=12, metadata={"help": "Most turns of the model in an episode."})
+    max_turns: int | None = field(
+        default=None, metadata={"help": "Most turns of the model in an episode; default: what the tasks may take."}
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "Most tokens in one turn."})
     batch_size: int = field(default=256, metadata={"help": "Episodes in one generate call."})
     width: int | None = field(default=None, metadata={"help": "Play at this width; default: the full one."})
@@ -47,8 +49,9 @@ class RolloutArguments:
         if not self.output_dir:
             raise UserError("output_dir: missing; name the folder for the trajectories")
         for name in ("num_prompts", "num_samples", "max_turns", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: {getattr(self, name)} must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}: {value} must be at least 1")
 
 
 @user_errors()

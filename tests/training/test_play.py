@@ -1,6 +1,7 @@
 """The agent loop: batched play equals the environments' own rules, whatever the model writes."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -10,9 +11,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.chat_template_utils import parse_response
 
 from adamba.data import train_tokenizer
+from adamba.errors import UserError
 from adamba.tasks import ENVIRONMENTS, TASKS, tool_schemas
+from adamba.tasks.sudoku_rules import solution, solver_cells
 from adamba.tasks.tic_tac_toe_rules import best_moves, legal_moves
 from adamba.tools.calls import parse_tool_calls
+from adamba.training.evaluation import GameSettings, play_tasks
 from adamba.training.play import Episode, play, score_episodes
 
 CALL = '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>'
@@ -236,13 +240,46 @@ def test_a_turn_without_end_is_closed_and_a_full_context_ends_the_episode(
     assert model.training
     for episode in episodes:
         assert 1 <= episode.num_generated_tokens <= 24 and episode.num_prompt_tokens > 10
-    assert play(model, tokenizer, rows[:1], max_new_tokens=250)[0].num_turns == 0
+    full = rows[0] | {"prompt": [{"role": "user", "content": rows[0]["prompt"][0]["content"] * 20}]}
+    assert [one.num_turns > 0 for one in play(model, tokenizer, [full, rows[1]], max_new_tokens=8)] == [False, True]
+    with pytest.raises(UserError, match="max_new_tokens: 250 and a prompt are more than the model's context of 256"):
+        play(model, tokenizer, rows[:1], max_new_tokens=250)
     together = [episode.messages for episode in episodes]
     alone = [play(model, tokenizer, [row], max_new_tokens=8, max_turns=3)[0].messages for row in rows]
     assert together == alone  # padding and the neighbours change nothing
     sampled = [play(model, tokenizer, rows[:2], max_new_tokens=8, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     texts = [[episode.messages for episode in run] for run in sampled]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_turn_that_is_cut_is_known_from_one_that_ended(tokenizer: PreTrainedTokenizerFast) -> None:
+    class Cut(Scripted):
+        def generate(self, *args, max_new_tokens: int, **options) -> torch.Tensor:
+            output = super().generate(*args, max_new_tokens=max_new_tokens, **options)
+            return output[:, : options["attention_mask"].shape[1] + max_new_tokens]
+
+    model = Cut(tokenizer, lambda context: "one two three")
+    for most, cut in ((2, True), (20, False)):
+        [episode] = play(model, tokenizer, sums(1), max_new_tokens=most)
+        assert episode.cut is cut and episode.finished
+
+
+def test_the_longest_puzzle_can_be_played_to_its_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A sudoku of 50 empty cells takes its solver 13 calls, and may take 28."""
+
+    def speak(context: str) -> str:
+        if context.endswith("Solved.\n</tool_response><|im_start|>assistant\n"):
+            return "Solved."
+        grid = "".join(re.findall(r"(?:\d{9}\n?){9}", context)[-1].split())
+        answer = solution(grid)
+        cells = [f"{cell // 9 + 1}{cell % 9 + 1}{answer[cell]}" for cell in solver_cells(grid, answer, 4)]
+        return CALL.format("fill", json.dumps({"cells": " ".join(cells)}))
+
+    model = Scripted(tokenizer, speak)
+    model.config.max_position_embeddings = 2**14
+    settings = {"sudoku": {"size": 9, "min_blanks": 50, "max_blanks": 50}}
+    scores = play_tasks(model, tokenizer, GameSettings({"sudoku": 2}, settings=settings))
+    assert scores["score_sudoku"] == 1.0 and scores["tool_calls_sudoku"] == 26.0
 
 
 def test_a_tool_free_row_shows_no_tool(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -37,6 +37,8 @@ def test_success_needs_the_score_no_refused_call_and_an_end():
     assert not played(row, 0.5, "8")["success"]
     assert not played(row, 1.0, "8", invalid_calls=1)["success"]
     assert not played(row, 1.0, "8", finished=False)["success"]
+    cut = played(row, 1.0, "8 and so on and so", cut=True)
+    assert not cut["success"] and not cut["finished"]
     assert played(row, 1.0, "8")["tools"][0]["function"]["name"] == "calculator"
 
 

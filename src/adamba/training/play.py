@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adamba.errors import UserError
 from adamba.tasks import ENVIRONMENTS, tool_methods, tool_schemas
 from adamba.tools import parse_tool_calls, run_tool_call
 from adamba.tools.calls import THOUGHT
 
 Message = dict[str, Any]
 Row = dict[str, Any]
+MIN_TURNS = 12  # enough for tasks that set no limit of their own
 
 
 @dataclass
@@ -29,7 +31,8 @@ class Episode:
         num_prompt_tokens: Tokens of the prompt.
         num_generated_tokens: Tokens the model wrote, ends of turn included.
         num_turns: The model's turns.
-        finished: Whether it ended by itself (not by `max_turns` or the end of the context).
+        finished: Whether it ended with a turn that called nothing (not by `max_turns` or the end of the context).
+        cut: Whether `max_new_tokens` ended its last turn.
     """
 
     row: Row
@@ -42,6 +45,7 @@ class Episode:
     num_generated_tokens: int = 0
     num_turns: int = 0
     finished: bool = False
+    cut: bool = False
 
 
 @dataclass
@@ -98,7 +102,7 @@ def play(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     *,
-    max_turns: int = 12,
+    max_turns: int | None = None,
     max_new_tokens: int = 128,
     batch_size: int = 256,
     generate_kwargs: dict[str, Any] | None = None,
@@ -109,18 +113,21 @@ def play(
 
     Each turn of the model is read for tool calls; their results, or a message saying what is wrong with a call, go
     back to it. An episode ends with a turn that calls nothing, with the turn after the environment is done, or after
-    `max_turns` turns.
+    `max_turns` turns. One whose context has no room for `max_new_tokens` more ends there.
 
     Args:
         model: Anything with transformers' `generate`.
         tokenizer: With a chat template whose `eos_token` ends a turn.
         rows: Rows of `Task.prompt`; `environment` names the environment, the others reset it.
-        max_turns: Most turns of the model in an episode.
+        max_turns: Most turns of the model in an episode; None: as many as the longest of them may take, 12 at least.
         max_new_tokens: Most tokens in one turn.
         batch_size: Most episodes in one `generate` call.
         generate_kwargs: More arguments of `generate`, e.g. `{"width": 64, "exit_threshold": 0.9}`.
         temperature: 0 takes the likeliest token.
         seed: Of the sampling when `temperature` is above 0.
+
+    Raises:
+        UserError: no prompt leaves room for `max_new_tokens` in the model's context.
     """
     options = dict(generate_kwargs or {}, max_new_tokens=max_new_tokens, do_sample=temperature > 0)
     if temperature > 0:
@@ -130,6 +137,10 @@ def play(
     episodes = [item.episode for item in live]
     environments = [item.environment for item in live]
     limit = getattr(model.config, "max_position_embeddings", None)
+    if live and limit is not None and min(len(item.ids) for item in live) + max_new_tokens > limit:
+        raise UserError(f"max_new_tokens: {max_new_tokens} and a prompt are more than the model's context of {limit}")
+    if max_turns is None:
+        max_turns = max([MIN_TURNS, *(getattr(item.environment, "_max_calls", 0) + 1 for item in live)])
     was_training = model.training
     model.eval()
     try:
@@ -208,7 +219,8 @@ def _take_turn(item: _Live, new_ids: list[int], tokenizer: PreTrainedTokenizerBa
     episode.num_turns += 1
     episode.num_generated_tokens += len(new_ids)
     item.ids += new_ids
-    if new_ids[-1:] != [tokenizer.eos_token_id]:  # cut at `max_new_tokens`: close the turn, as the template has it
+    episode.cut = new_ids[-1:] != [tokenizer.eos_token_id]
+    if episode.cut:  # close the turn, as the template has it
         item.ids.append(tokenizer.eos_token_id)
     text = tokenizer.decode(new_ids, skip_special_tokens=True)
     thought = THOUGHT.match(text)

@@ -36,7 +36,7 @@ def rollout_rows(
 def trajectory(episode: Episode, success_score: float) -> Row:
     """One episode as a row of `trajectories.jsonl`."""
     task = next(name for name, task in TASKS.items() if episode.row["environment"] in task.environments)
-    score = episode.outcome["score"]
+    score, finished = episode.outcome["score"], episode.finished and not episode.cut
     return {
         "source": task,
         "environment": episode.row["environment"],
@@ -45,12 +45,12 @@ def trajectory(episode: Episode, success_score: float) -> Row:
         "messages": episode.messages,
         "tools": tool_schemas(ENVIRONMENTS[episode.row["environment"]]),
         "num_prompt_messages": len(episode.row["prompt"]),
-        "success": bool(score >= success_score and episode.invalid_calls == 0 and episode.finished),
+        "success": bool(score >= success_score and episode.invalid_calls == 0 and finished),
         "score": score,
         "outcome": dict(episode.outcome),
         "valid_calls": episode.valid_calls,
         "invalid_calls": episode.invalid_calls,
-        "finished": episode.finished,
+        "finished": finished,
         "num_turns": episode.num_turns,
         "num_generated_tokens": episode.num_generated_tokens,
     }
