@@ -122,14 +122,16 @@ def reliability(confidence: torch.Tensor, agrees: torch.Tensor) -> dict[str, flo
 
 
 def check_tasks(key: str, num_episodes: Mapping[str, int]) -> None:
-    """Refuse what is no task.
+    """Refuse what is no task, and a single game of tic-tac-toe.
 
     Raises:
-        UserError: naming the recipe's key and the tasks that there are.
+        UserError: naming the recipe's key and what would work.
     """
-    for name in num_episodes:
+    for name, count in num_episodes.items():
         if name not in TASKS:
             raise UserError(f"{key}: {name!r} is no task; use {', '.join(TASKS)}")
+        if name == "tic_tac_toe" and count == 1:
+            raise UserError(f"{key}: tic_tac_toe: half of 1 game on each side is none; use 2 or more")
 
 
 def tell_not_played(mix: Iterable[str], num_episodes: Mapping[str, int]) -> None:
