@@ -52,7 +52,11 @@ def dataclasses_of(script: str) -> list[type]:
         ("run_pretrain", "--mix a=1 --max_steps 1 --eval_strategy epoch", "eval_strategy: "),
         ("run_dpo", "--mix a=1 --max_steps 1 --eval_strategy epoch", "needs num_eval_pairs above 0"),
         ("run_eval", "--mix a=1 --num_episodes nosuch=2", "num_episodes: 'nosuch' is no task; use calculator, "),
-        ("run_eval", "--mix a=1 --num_episodes tic_tac_toe=1", "num_episodes: tic_tac_toe: half of 1 game on each side"),
+        (
+            "run_eval",
+            "--mix a=1 --num_episodes tic_tac_toe=1",
+            "num_episodes: tic_tac_toe: half of 1 game on each side",
+        ),
         ("run_eval", "--num_episodes calculator=-2", "num_episodes: calculator: -2 must be 0 or more"),
         ("run_eval", "--max_new_tokens 0", "max_new_tokens: 0 must be 1 or more"),
         ("run_eval", "--batch_size 0", "batch_size: 0 must be 1 or more"),

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from adamba.data.render import chat_ids
 from adamba.errors import UserError
 from adamba.model import AdambaForCausalLM
 from adamba.model.decoding_adamba import EXIT_MODES
@@ -251,14 +252,12 @@ class ChatSession:
         """Ids of a user's turn up to where the assistant speaks; the first one brings the tools along."""
         turn = [{"role": "user", "content": text}]
         if not self.ids:
-            return self._render(turn, tools=self.schemas or None, add_generation_prompt=True)
+            return chat_ids(self.tokenizer, turn, self.schemas or None, add_generation_prompt=True)
         before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
-        prefix, whole = self._render(before), self._render(before + turn, add_generation_prompt=True)
+        prefix = chat_ids(self.tokenizer, before)
+        whole = chat_ids(self.tokenizer, before + turn, add_generation_prompt=True)
         end_of_turn = len(prefix) - prefix[::-1].index(self.tokenizer.eos_token_id)
         return whole[end_of_turn:]
-
-    def _render(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-        return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
 
     def _turn(self, answer: Answer, view: View) -> list[ToolCall]:
         """One turn of the model, appended to the conversation; returns the tools it calls."""

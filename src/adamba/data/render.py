@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from adamba.data.tokenizer import (
@@ -52,8 +52,8 @@ class Renderer:
             )
         self.tokenizer = tokenizer
         self.is_fast = template == CHAT_TEMPLATE and CALL_OPEN in tokenizer.get_added_vocab()
-        self._ids = tokenizer.get_added_vocab()
-        self.end_of_text_id: int = self._ids.get(END_OF_TEXT, tokenizer.eos_token_id)
+        self.ids = tokenizer.get_added_vocab()
+        self.end_of_text_id: int = self.ids.get(END_OF_TEXT, tokenizer.eos_token_id)
         plain = json.loads(tokenizer.backend_tokenizer.to_str()) | {"added_tokens": [], "post_processor": None}
         self._plain = Tokenizer.from_str(json.dumps(plain))
 
@@ -84,7 +84,7 @@ class Renderer:
         return rendered
 
     def _parts(self, row: dict[str, Any]) -> list[Part]:
-        ids = self._ids
+        ids = self.ids
         messages = row.get("messages")
         if messages is None:
             if row.get("text") is None:
@@ -126,7 +126,7 @@ class Renderer:
         if "<" in text:  # the same escapes as in the template: an argument can never end the call
             text = text.replace("</tool_call>", "<\\/tool_call>").replace("<|", "<\\u007c")
         name = json.dumps(call["name"], ensure_ascii=False)[1:-1]
-        ids = self._ids
+        ids = self.ids
         return [(ids[CALL_OPEN], True), (name, True), (ids[CALL_MIDDLE], True), (text, True), (ids[CALL_CLOSE], True)]
 
     def _render_slowly(self, row: dict[str, Any]) -> tuple[list[int], list[bool]]:
@@ -138,6 +138,34 @@ class Renderer:
             row["messages"], tools=tools or None, return_dict=True, return_assistant_tokens_mask=True
         )
         return output["input_ids"], [bool(trained) for trained in output["assistant_masks"]]
+
+
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict] | None = None,
+    add_generation_prompt: bool = False,
+) -> list[int]:
+    """Ids of a conversation to be continued, as they are in training: what a user or a tool wrote stays text.
+
+    `apply_chat_template` would make a control token of an `<|im_end|>` in it; that is done for other templates.
+    """
+    renderer = _renderer(tokenizer, tokenizer.chat_template, len(tokenizer))
+    if renderer is None:
+        return tokenizer.apply_chat_template(
+            list(messages), tools=tools, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+        )
+    [(ids, _)] = renderer.render([{"messages": messages, "tools": tools}])
+    return [*ids, renderer.ids[ROLE_HEADERS["assistant"]]] if add_generation_prompt else ids
+
+
+@lru_cache(maxsize=4)
+def _renderer(tokenizer: PreTrainedTokenizerFast, template: str, size: int) -> Renderer | None:
+    """The tokenizer's renderer, if it has a fast one; template and size tell what may change."""
+    if template != CHAT_TEMPLATE:
+        return None
+    renderer = Renderer(tokenizer)
+    return renderer if renderer.is_fast else None
 
 
 @lru_cache(maxsize=256)

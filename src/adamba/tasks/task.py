@@ -85,7 +85,7 @@ def tool_call(name: str, **arguments: Any) -> Message:
 
 def settings_from(cls: type[T], task: str, settings: dict[str, Any]) -> T:
     """Build the settings dataclass `cls`, refusing an unknown key or a value of another type by name."""
-    hints = _cached_hints(cls)
+    hints = _cached_hints(cls)  # type: ignore[arg-type]
     fitting = {}
     for key, value in settings.items():
         if key not in hints:

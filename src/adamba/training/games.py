@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from adamba.data.render import chat_ids
 from adamba.tasks import ENVIRONMENTS, tool_methods
 from adamba.tasks.roles import MAX_NOTE_CHARACTERS, Role, accepted, refusal, role_messages, role_tools
 from adamba.tools import ToolCall, parse_tool_calls, run_tool_call
@@ -266,10 +267,9 @@ def play_games(
 
 def prompt_ids(game: Game, tokenizer: Any) -> list[int]:
     """What the role to move reads, as token ids."""
-    return tokenizer.apply_chat_template(
+    return chat_ids(
+        tokenizer,
         role_messages(game.role, game.observation(), game.notes),
-        tools=role_tools(game.role, type(game.environment)) or None,
+        role_tools(game.role, type(game.environment)) or None,
         add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,
     )

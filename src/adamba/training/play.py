@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adamba.data.render import chat_ids
 from adamba.errors import UserError
 from adamba.tasks import ENVIRONMENTS, tool_methods, tool_schemas
 from adamba.tools import parse_tool_calls, run_tool_call
@@ -82,19 +83,14 @@ class ToolResultIds:
                 {"role": "user", "content": "-"},
                 {"role": "assistant", "content": "", "tool_calls": [call]},
             ]
-            prefix = self._render(before, add_generation_prompt=False)
-            whole = self._render(before + results, add_generation_prompt=True)
+            prefix = chat_ids(self._tokenizer, before)
+            whole = chat_ids(self._tokenizer, before + results, add_generation_prompt=True)
             eos = self._tokenizer.eos_token_id
             prefix = prefix[: len(prefix) - prefix[::-1].index(eos)] if eos in prefix else prefix
             if whole[: len(prefix)] != prefix:
                 raise ValueError("chat template: earlier messages change when a tool result follows them")
             self._cache[key] = whole[len(prefix) :]
         return self._cache[key]
-
-    def _render(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
-        return self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-        )
 
 
 def play(
@@ -179,13 +175,7 @@ def _start(tokenizer: PreTrainedTokenizerBase, row: Row) -> _Live:
     observation = environment.reset(**{key: value for key, value in row.items() if key != "environment"})
     if observation:
         messages[-1]["content"] += observation
-    ids = tokenizer.apply_chat_template(
-        messages,
-        tools=tool_schemas(ENVIRONMENTS[name]) or None,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,
-    )
+    ids = chat_ids(tokenizer, messages, tool_schemas(ENVIRONMENTS[name]) or None, add_generation_prompt=True)
     return _Live(Episode(row, messages, num_prompt_tokens=len(ids)), environment, list(ids))
 
 
