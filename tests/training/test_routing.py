@@ -66,6 +66,17 @@ def test_the_budget_buys_as_much_confidence_as_it_can(monkeypatch) -> None:
     assert mostly_hard["router_mean_width_hard"] < found["router_mean_width_hard"], "the mix weighs the prompts"
 
 
+def test_the_budget_holds_where_no_narrow_width_keeps_anything_of_the_answer(monkeypatch) -> None:
+    model = hybrid(1)
+    left = torch.tensor([[1e-15, 1e-12], [1e-9, 1e-7]])
+    observed = {"long": Prompts(left, torch.nn.functional.pad(left, (0, 1), value=1.0))}
+    monkeypatch.setattr(routing, "observe_prompts", lambda trainer: observed)
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(unwrap_model=lambda model: model), model=model, args=ARGS)
+    for budget in (0.95, *level_costs(model.config, 64)[:2].tolist()):
+        found = routing.set_budget(trainer, budget + 1e-6, {"long": 1.0})
+        assert 0 < found["router_confidence"] < 0.01 and found["router_cost"] <= budget + 1e-6
+
+
 def test_a_run_begins_without_a_preference_and_trains_the_router_alone() -> None:
     model = hybrid(2)
     assert model.model.router.down_proj.is_trained

@@ -27,7 +27,9 @@ from adamba.training.freezing import freeze_all_but
 from adamba.training.head_losses import IGNORED, token_losses
 from adamba.training.sft import MixSFTTrainer
 
-CONFIDENCES = [step / 100 for step in range(1, 100)]  # what the budget chooses from
+# What the budget chooses from. Of a long answer next to nothing may be left at a narrow width: where all is as bad, the
+# budget still holds.
+CONFIDENCES = [10.0**-power for power in range(30, 2, -1)] + [step / 100 for step in range(1, 100)]
 
 
 @dataclass
