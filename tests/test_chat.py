@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import run_chat
 from adamba.chat import Answer, ChatOptions, ChatSession, furthest_checkpoint
+from adamba.chat_game import GameAgainstUser
 from adamba.chat_terminal import Chat, TurnText
 from adamba.data import train_tokenizer
 from adamba.errors import UserError
@@ -317,6 +318,13 @@ def test_a_game_against_the_user(tokenizer: PreTrainedTokenizerFast) -> None:
     assert text.count("The model wins.") + text.count("Draw.") >= 2 and "You win." not in text
     assert seen[0].rsplit("user\n", 1)[1].startswith("Tic-tac-toe. You are X.\n1 2 3 / 4 5 6 / 7 8 9")
     assert session.schemas[0]["function"]["name"] == "play" and "wait for the user" not in json.dumps(session.schemas)
+
+
+def test_the_user_answers_a_cell_in_any_writing() -> None:
+    for cell in (5, "5", " 5"):
+        game = GameAgainstUser()
+        game._start(True, lambda board: 9)
+        assert game.play(cell) == "1 2 3 / 4 X 6 / 7 8 O"  # type: ignore[arg-type]
 
 
 def test_leaving_and_restarting_in_the_middle_of_a_game(tokenizer: PreTrainedTokenizerFast) -> None:

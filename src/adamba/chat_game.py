@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from adamba.tasks.tic_tac_toe import PHRASINGS, TicTacToeEnvironment
+from adamba.tasks.tic_tac_toe import PHRASINGS, TicTacToeEnvironment, as_cell
 from adamba.tasks.tic_tac_toe_rules import EMPTY, is_over, legal_moves, place, render, winner
 
 AskMove = Callable[[str], int]  # board before the user's move -> the cell the user takes, one that is free
@@ -20,10 +20,11 @@ class GameAgainstUser(TicTacToeEnvironment):
 
     def play(self, cell: int) -> str:
         """Take a free cell, 1 to 9, and wait for the user's move."""
-        if self._done or str(cell) not in map(str, legal_moves(self._board)):
+        move = as_cell(cell)
+        if self._done or move not in legal_moves(self._board):
             return super().play(cell)
         self._legal_moves += 1
-        self._board = place(self._board, int(cell))
+        self._board = place(self._board, move)
         if not is_over(self._board):
             self._board = place(self._board, self._ask(self._board))
         text = render(self._board)

@@ -123,7 +123,7 @@ class TicTacToeEnvironment:
         if self._done:
             self._calls_after_end += 1
             return f"The game is over. {self._result_text()}"
-        move = _as_cell(cell)
+        move = as_cell(cell)
         if move not in legal_moves(self._board):
             self._illegal_moves += 1
             if self._done:
@@ -276,7 +276,7 @@ def _solver_turn(environment: TicTacToeEnvironment) -> list[Message]:
     return [tool_call("play", cell=cell), {"role": "tool", "name": "play", "content": environment.play(cell)}]
 
 
-def _as_cell(cell: object) -> int:
+def as_cell(cell: object) -> int:
     """The cell as a number; 0, which is never legal, for anything else (the text "5" is understood)."""
     if isinstance(cell, str) and cell.strip() in set("123456789"):
         return int(cell)

@@ -27,8 +27,8 @@ from adamba.training.freezing import freeze_all_but
 from adamba.training.head_losses import IGNORED, token_losses
 from adamba.training.sft import MixSFTTrainer
 
-# What the budget chooses from. Of a long answer next to nothing may be left at a narrow width: where all is as bad, the
-# budget still holds.
+# What the budget chooses from. Next to nothing of a long answer may be left at a narrow width; where that is so of all
+# prompts, the budget still holds.
 CONFIDENCES = [10.0**-power for power in range(30, 2, -1)] + [step / 100 for step in range(1, 100)]
 
 
