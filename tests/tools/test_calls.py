@@ -19,6 +19,11 @@ CALL = ToolCall("calculator", {"expression": "5 + 3"})
         (GOOD + GOOD, "", [CALL, CALL]),
         ('<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [ToolCall("f", {"a": 1})]),
         ('<tool_call>{"name": "f"}</tool_call>', "", [ToolCall("f")]),
+        (
+            '<tool_call>{"name": "f", "arguments": {"a": "\\ud83d\\ude00"}}</tool_call>',
+            "",
+            [ToolCall("f", {"a": "😀"})],
+        ),
         ("5 + 3 # Answer", "5 + 3 # Answer", []),
         (f"<think>\nI could say {GOOD} or <tool_call>{{\n</think>\n\n{GOOD}", "", [CALL]),
         (f"<think>\n{GOOD}\n</think>\n\nAnswer: 8", "Answer: 8", []),
@@ -40,6 +45,8 @@ def test_parse(text: str, content: str, calls: list[ToolCall]) -> None:
         ('{"name": "f", "arguments": [1]}', "not a JSON object"),
         ('{"name": "f", "arguments": "{"}', "not a JSON object"),
         ('{"name": "f", "arguments": {"cell": ' + "9" * 5000 + "}}", "not valid JSON"),
+        ('{"name": "f", "arguments": {"code": "\\ud83d"}}', "not valid JSON"),
+        ('{"name": "f", "arguments": "{\\"code\\": \\"\\\\ud83d\\"}"}', "not a JSON object"),
         ('{"name": "f", "arguments": "{\\"cell\\": ' + "9" * 5000 + '}"}', "not a JSON object"),
     ],
 )

@@ -35,20 +35,30 @@ def parse_tool_calls(text: str) -> tuple[str, list[ToolCall]]:
 
 def _parse(body: str) -> ToolCall:
     try:
-        call = json.loads(body.strip())
-    except (ValueError, RecursionError):  # the first also of a number of more than 4,300 digits
+        call = _read(body.strip())
+    except (ValueError, RecursionError):
         return ToolCall(error="error: the tool call is not valid JSON")
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return ToolCall(error="error: the tool call has no name")
     arguments = call.get("arguments", {})
     if isinstance(arguments, str):  # some models write the arguments as JSON inside a string
         try:
-            arguments = json.loads(arguments)
+            arguments = _read(arguments)
         except (ValueError, RecursionError):
             arguments = None
     if not isinstance(arguments, dict):
         return ToolCall(name=call["name"], error="error: the arguments are not a JSON object")
     return ToolCall(name=call["name"], arguments=arguments)
+
+
+def _read(text: str) -> Any:
+    """
+    Raises:
+        ValueError: not JSON, a number of more than 4,300 digits, or half of a surrogate pair, which is no text.
+    """
+    value = json.loads(text)
+    json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def run_tool_call(call: ToolCall, tools: Sequence[Callable[..., str]]) -> tuple[str, bool]:
