@@ -221,6 +221,13 @@ def test_code_that_takes_its_own_folder_away_ends_as_any_other(action: str) -> N
     assert run_python(f"import os\n{action}\nprint(1)", PATIENT, "none").output == "1\n"
 
 
+@pytest.mark.parametrize("isolation", ["required", "none"])
+def test_another_system_than_linux_is_refused_in_one_line(isolation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox.sys, "platform", "darwin")
+    with pytest.raises(UserError, match="runs code on Linux only, not on darwin$"):
+        run_python("print(1)", PATIENT, isolation)
+
+
 def test_an_unknown_isolation_is_refused() -> None:
     with pytest.raises(UserError, match="'some' is unknown; use required or none"):
         run_python("print(1)", isolation="some")  # type: ignore[arg-type]

@@ -161,8 +161,6 @@ def find_backend(bwrap: str | None = None) -> Backend:
     Raises:
         UserError: none does.
     """
-    if sys.platform != "linux":
-        raise UserError(f"code_interpreter: cannot isolate code on {sys.platform}, only on Linux; {_ADVICE}")
     bwrap = bwrap or shutil.which("bwrap")
     backends = [Backend("bubblewrap", bwrap=bwrap)] if bwrap else []
     backends += [Backend("kernel with namespaces", namespaces=True), Backend("kernel")]
@@ -185,8 +183,10 @@ def require(isolation: Isolation) -> None:
     """Make sure that code can be run as the user wants it.
 
     Raises:
-        UserError: isolation is required and this machine has none, or the value is unknown.
+        UserError: this is not Linux, isolation is required and this machine has none, or the value is unknown.
     """
+    if sys.platform != "linux":  # limits and the end with the parent are Linux's, without isolation too
+        raise UserError(f"code_interpreter: runs code on Linux only, not on {sys.platform}")
     if isolation not in ("required", "none"):
         raise UserError(f"isolation: {isolation!r} is unknown; use required or none")
     if isolation == "required":
