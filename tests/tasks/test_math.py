@@ -216,6 +216,7 @@ def test_data_files_of_a_recipe_name_the_questions() -> None:
         ('[{"question": "a"}]', "row 1: key 'answer' is None"),
         ('[{"question": " ", "answer": "b"}]', "row 1: key 'question' is ' '"),
         ('[{"question": "a", "answer": ["b"]}]', "row 1: key 'answer'"),
+        ('[{"question": "a\\ud83d", "answer": "b"}]', "row 1: key 'question' has half of a surrogate pair"),
         ('[{"question": "a", "answer": "b\\nc"}]', "row 1: key 'answer' is 'b.*expected one line"),
         ('[{"question": "a", "answer": "Answer: b"}]', "row 1: key 'answer' is 'Answer: b', expected one line"),
     ],

@@ -81,6 +81,8 @@ def _question(row: object, number: int, path: str) -> Question:
         value = row.get(key)
         if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
             raise UserError(f"{path}: row {number}: key '{key}' is {value!r}, expected a text or a number")
+        if str(value).encode(errors="replace").decode() != str(value):
+            raise UserError(f"{path}: row {number}: key '{key}' has half of a surrogate pair, which is no text")
     answer = str(row["answer"]).strip()
     if answer_of(f"{MARKER} {answer}") is None:
         raise UserError(f"{path}: row {number}: key 'answer' is {answer[:40]!r}, expected one line without {MARKER!r}")
