@@ -242,7 +242,7 @@ def test_a_turn_without_end_is_closed_and_a_full_context_ends_the_episode(
         assert 1 <= episode.num_generated_tokens <= 24 and episode.num_prompt_tokens > 10
     full = rows[0] | {"prompt": [{"role": "user", "content": rows[0]["prompt"][0]["content"] * 20}]}
     assert [one.num_turns > 0 for one in play(model, tokenizer, [full, rows[1]], max_new_tokens=8)] == [False, True]
-    with pytest.raises(UserError, match="max_new_tokens: 250 and a prompt are more than the model's context of 256"):
+    with pytest.raises(UserError, match="max_new_tokens: 250 after a prompt are more than the model's context of 256"):
         play(model, tokenizer, rows[:1], max_new_tokens=250)
     together = [episode.messages for episode in episodes]
     alone = [play(model, tokenizer, [row], max_new_tokens=8, max_turns=3)[0].messages for row in rows]

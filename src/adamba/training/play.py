@@ -134,7 +134,10 @@ def play(
     environments = [item.environment for item in live]
     limit = getattr(model.config, "max_position_embeddings", None)
     if live and limit is not None and min(len(item.ids) for item in live) + max_new_tokens > limit:
-        raise UserError(f"max_new_tokens: {max_new_tokens} and a prompt are more than the model's context of {limit}")
+        raise UserError(
+            f"max_new_tokens: {max_new_tokens} after a prompt are more than the model's context of {limit} "
+            "(unsolved_fraction plays with max_completion_length)"
+        )
     if max_turns is None:
         max_turns = max([MIN_TURNS, *(getattr(item.environment, "_max_calls", 0) + 1 for item in live)])
     was_training = model.training
