@@ -97,7 +97,7 @@ def main() -> None:
     num_rows = args.num_rows + (0 if calibration is None or any(args.num_episodes.values()) else calibration.trials)
     rows = {}
     for source in data_args.mix:
-        stream = load_mixture({source: 1.0}, **data_args.mixture_options("test"))
+        stream = load_mixture({source: 1.0}, **data_args.mixture_options("test", source))
         packed = pack_rows(
             stream, tokenizer, args.max_length, assistant_only_loss=args.assistant_only_loss, documents_per_batch=256
         )

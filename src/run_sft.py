@@ -58,7 +58,7 @@ def main() -> None:
     trainer_class = RouterTrainer if router_args.train_router else MixSFTTrainer
     trainer = trainer_class(
         model=model,
-        train_dataset=token_rows(data_args.mix, "train", data_args, tokenizer, args),
+        train_dataset=token_rows("train", data_args, tokenizer, args),
         eval_dataset=eval_datasets(data_args, tokenizer, args),
         args=args,
         processing_class=tokenizer,

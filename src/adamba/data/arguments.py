@@ -55,8 +55,10 @@ class DataArguments:
                 files[f"card of {name}"] = str(card)
         return files
 
-    def mixture_options(self, split: str, **more) -> dict[str, Any]:
-        """Keyword arguments of `load_mixture`."""
+    def mixture_options(self, split: str, source: str | None = None, **more) -> dict[str, Any]:
+        """Keyword arguments of `load_mixture`, for the whole mix or for one source of it."""
         options = {"split": split, "seed": self.mix_seed, "settings": self.task_settings}
-        files = {"data_files": self.data_files, "on_bad_file": self.on_bad_file, "cards_dir": self.cards_dir}
+        others = self.mix.keys() - {source} if source is not None else ()
+        data_files = {name: path for name, path in self.data_files.items() if name not in others}
+        files = {"data_files": data_files, "on_bad_file": self.on_bad_file, "cards_dir": self.cards_dir}
         return {**options, **files, **more}

@@ -55,15 +55,16 @@ class MixSFTConfig(SpendingCaps, HubKeys, OptimizerKeys, SFTConfig):
 
 
 def token_rows(
-    mix: Mapping[str, float],
     split: Literal["train", "test"],
     data_args: DataArguments,
     tokenizer: PreTrainedTokenizerBase,
     args: MixSFTConfig,
+    source: str | None = None,
 ) -> IterableDataset:
-    """A stream of tokenized rows of `mix`, packed if the recipe says so."""
+    """A stream of tokenized rows of the mix, or of one source of it, packed if the recipe says so."""
     ranks = {"rank": args.process_index, "num_ranks": args.world_size} if args.own_order_per_rank else {}
-    rows = load_mixture(mix, **data_args.mixture_options(split, **ranks))
+    mix = data_args.mix if source is None else {source: 1.0}
+    rows = load_mixture(mix, **data_args.mixture_options(split, source, **ranks))
     options = {"assistant_only_loss": args.assistant_only_loss}
     if args.packing:
         options |= {"one_source_per_row": True, "cut_conversations": True, "seed": data_args.mix_seed}
@@ -77,10 +78,10 @@ def eval_datasets(
     """The first held-out rows of each source, in memory."""
     datasets = {}
     for source in data_args.mix:
-        stream = token_rows({source: 1.0}, "test", data_args, tokenizer, args)
+        stream = token_rows("test", data_args, tokenizer, args, source)
         rows = list(itertools.islice(stream, args.num_eval_rows))
         if not rows:
-            raise UserError(f"mix: {source!r} has no held-out row to evaluate on")
+            raise UserError(f"mix: {source!r} has no held-out row to evaluate on (one in fifty is); give it more rows")
         datasets[source] = Dataset.from_list(rows)
     return datasets
 
