@@ -153,6 +153,18 @@ def test_held_out_rows_are_about_one_in_fifty_and_never_trained_on(tmp_path, mon
     assert not test & train and len(test | train) == 3000
 
 
+def test_local_files_of_a_dataset_with_a_test_split_are_split_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "is_held_out", IS_HELD_OUT)
+    folder = many(tmp_path / "data", 1000)
+    (tmp_path / "mine.md").write_text(
+        "---\nadamba: {id: mine, loader: hub, path: me/mine, format: text, splits: {train: train, test: test}}\n---\nx"
+    )
+    options = {"seed": 0, "data_files": {"mine": str(folder)}, "cards_dir": str(tmp_path)}
+    test = {row["text"] for row in load_mixture({"mine": 1}, split="test", **options)}
+    train = {row["text"] for row in itertools.islice(load_mixture({"mine": 1}, split="train", **options), 1000)}
+    assert test and not test & train and len(test | train) == 1000
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

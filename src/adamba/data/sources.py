@@ -102,8 +102,9 @@ def rows_of(card: Card, split: str, reader: Reader, shards: list[Any], conversio
     Raises:
         UserError: a shard of the training split has no record, or none that converts, or only held-out ones.
     """
-    held_out_here = "test" not in card.splits
     for shard in shards:
+        # A local file stands in for the whole dataset: which of the Hub's splits its rows are is not known.
+        held_out_here = "test" not in card.splits or isinstance(shard, str)
         before, num_converted, num_kept = conversion.seen, 0, 0
         for record in reader(shard):
             row = conversion.convert(record)
