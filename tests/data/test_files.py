@@ -56,6 +56,24 @@ def test_parquet_csv_text_and_compressed(tmp_path):
     assert list(read_records(write(tmp_path / "a.json.gz", gzip.compress(array().encode())))) == RECORDS
 
 
+def test_objects_from_parquet_have_their_own_keys_only(tmp_path):
+    records = [
+        {"tools": None, "calls": [{"name": "weather", "arguments": {"city": "Rome", "at": {"hour": 1}}}]},
+        {"tools": None, "calls": [{"name": "add", "arguments": {"a": 1, "of": [None, 2]}}]},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    assert list(read_records(tmp_path / "a.parquet")) == records
+
+
+def test_csv_and_text_as_windows_writes_them(tmp_path, caplog):
+    for name, expected in (("a.csv", {"q": "é", "a": "1"}), ("a.txt", {"text": "q,a\r\né,1\r\n"})):
+        assert list(read_records(write(tmp_path / name, "\ufeffq,a\r\né,1\r\n"))) == [expected]
+        path = write(tmp_path / name, "q,a\r\né,1\r\n".encode("cp1252"))
+        with pytest.raises(UserError, match=rf"{name}: not UTF-8 a.*on_bad_file: skip"):
+            list(read_records(path))
+        assert not list(read_records(path, "skip")) and "not UTF-8" in caplog.text
+
+
 def test_long_csv_fields_are_read_and_longer_ones_make_a_bad_file(tmp_path, monkeypatch, caplog):
     path = write(tmp_path / "a.csv", "text\nshort\n" + "a" * 200_000 + "\nlast\n")
     assert [len(record["text"]) for record in read_records(path)] == [5, 200_000, 4]

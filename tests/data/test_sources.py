@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import datasets
+import pyarrow
 import pytest
 from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetNotFoundError
@@ -247,6 +248,23 @@ def test_hub_rows_are_streamed_by_shard_and_fall_back(monkeypatch, caplog):
     assert sorted(questions) == sorted(f"q{index}" for index in range(20))
     assert asked[0] == ("conceptofmind/FLAN2021_CoT", "train", True)
     assert "reading conceptofmind/cot_submix_original" in caplog.text
+
+
+def test_calls_from_the_hub_have_their_own_arguments_only(monkeypatch):
+    def chat(name, arguments):
+        call = {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+        return {"messages": [{"role": "user", "content": "q"}, call], "tools": [{"name": "weather"}, {"name": "add"}]}
+
+    rows = pyarrow.Table.from_pylist([chat("weather", {"city": "Rome"}), chat("add", {"a": 1})])
+    table = datasets.Dataset(rows).to_iterable_dataset()
+    monkeypatch.setattr(sources, "load_dataset", lambda *args, **options: table)
+    Path("mine.md").write_text("---\nadamba: {id: mine, loader: hub, path: me/mine, format: messages}\n---\nx")
+    stream = load_mixture({"mine": 1}, split="train", seed=0, cards_dir=str(Path.cwd()))
+    calls = [row["messages"][1]["tool_calls"][0]["function"] for row in itertools.islice(stream, 2)]
+    assert sorted(map(key, calls)) == [
+        '{"arguments": {"a": 1}, "name": "add"}',
+        '{"arguments": {"city": "Rome"}, "name": "weather"}',
+    ]
 
 
 def test_downloaded_folder_stands_in_for_the_hub(tmp_path):

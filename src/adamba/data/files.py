@@ -105,7 +105,10 @@ def _read_stream(stream: IO[bytes], label: str, name: str, on_bad_file: OnBadFil
     elif name.endswith((".csv", ".tsv")):
         yield from _read_csv(stream, label, "\t" if name.endswith(".tsv") else ",", on_bad_file)
     elif name.endswith((".txt", ".md")):
-        yield {"text": stream.read().decode("utf-8", errors="replace")}
+        try:
+            yield {"text": stream.read().decode("utf-8-sig")}
+        except UnicodeDecodeError as error:
+            _bad(on_bad_file, f"{label}: not UTF-8 at byte {error.start}")
     else:
         raise UserError(f"{label}: files of this kind are not read, only {', '.join(SUFFIXES)}")
 
@@ -128,9 +131,8 @@ def _read_lines(stream: IO[bytes], label: str, on_bad_file: OnBadFile) -> Iterat
 
 def _read_csv(stream: IO[bytes], label: str, delimiter: str, on_bad_file: OnBadFile) -> Iterator[Record]:
     csv.field_size_limit(MAX_RECORD_CHARACTERS)  # Python's own limit, 131,072 characters, is less than many documents
-    reader = csv.DictReader(
-        io.TextIOWrapper(stream, encoding="utf-8", newline="", errors="replace"), delimiter=delimiter
-    )
+    # `-sig`: spreadsheets write a mark before the first column's name, which would be another name with it.
+    reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), delimiter=delimiter)
     kept = 0
     try:
         for record in reader:
@@ -138,6 +140,8 @@ def _read_csv(stream: IO[bytes], label: str, delimiter: str, on_bad_file: OnBadF
             kept += 1
     except csv.Error as error:
         _bad(on_bad_file, f"{label}: not CSV after line {reader.line_num} ({error})", kept)
+    except UnicodeDecodeError:
+        _bad(on_bad_file, f"{label}: not UTF-8 after line {reader.line_num}", kept)
 
 
 def _read_parquet(stream: IO[bytes], label: str, on_bad_file: OnBadFile) -> Iterator[Record]:
@@ -150,10 +154,24 @@ def _read_parquet(stream: IO[bytes], label: str, on_bad_file: OnBadFile) -> Iter
     try:
         for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=256):
             for record in batch.to_pylist():
-                yield record
+                yield without_nulls(record)
                 kept += 1
     except (pyarrow.ArrowException, OSError) as error:
         _bad(on_bad_file, f"{label}: not whole Parquet ({' '.join(str(error).split())})", kept)
+
+
+def without_nulls(record: Record) -> Record:
+    """The record; what its columns hold inside loses keys of value None.
+
+    Arrow gives all objects of a column the keys of all: a call of one tool would have the arguments of every other.
+    """
+
+    def keep(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: keep(item) for key, item in value.items() if item is not None}
+        return [keep(item) for item in value] if isinstance(value, list) else value
+
+    return {column: keep(value) for column, value in record.items()}
 
 
 def _read_json(stream: IO[bytes], label: str, on_bad_file: OnBadFile) -> Iterator[Record]:

@@ -14,7 +14,7 @@ from datasets import IterableDataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from adamba.data.cards import Card
-from adamba.data.files import OnBadFile, Record, find_files, read_records
+from adamba.data.files import OnBadFile, Record, find_files, read_records, without_nulls
 from adamba.data.formats import FORMATS, DroppedRow, Row
 from adamba.data.python_docs import python_docs_rows
 from adamba.errors import UserError, one_line
@@ -180,4 +180,4 @@ def _read_python_docs(shard: int, split: str) -> Iterator[Record]:
 
 
 def _read_hub(shard: int, card: Card, split: str, num_shards: int) -> Iterator[Record]:
-    return iter(load_hub(card, split).shard(num_shards, shard))
+    return map(without_nulls, load_hub(card, split).shard(num_shards, shard))
