@@ -6,8 +6,10 @@ import pytest
 from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
-from adamba.data import Renderer, load_mixture, pack_rows
+from adamba.data import Renderer, add_chat_tokens, load_mixture, pack_rows
 from adamba.data.packing import best_fit, tokenize_rows
 from adamba.data.render import chat_ids
 from adamba.errors import UserError
@@ -187,6 +189,24 @@ def test_fast_rendering_equals_the_chat_template(tokenizer):
         slow_ids, slow_mask = renderer._render_slowly(row)
         assert ids == list(slow_ids)
         assert mask == slow_mask
+
+
+def test_a_tokenizer_that_marks_the_beginning_of_a_text_gives_the_ids_of_the_template():
+    model = Tokenizer(models.BPE(unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)  # as Llama's
+    model.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    model.train_from_iterator(["Say hi f {} ok"] * 3, trainers.BpeTrainer(special_tokens=["<unk>"], show_progress=False))
+    tokenizer = add_chat_tokens(PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>"))
+    messages = [
+        {"role": "user", "content": "Say hi"},
+        {"role": "assistant", "content": "ok", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+        {"role": "tool", "content": "hi"},
+        {"role": "assistant", "content": "hi"},
+    ]
+    [(ids, mask)] = Renderer(tokenizer).render([{"messages": messages}])
+    assert ids == tokenizer.apply_chat_template(messages, return_dict=False)
+    learnt = tokenizer.decode([token for token, trained in zip(ids, mask, strict=True) if trained])
+    assert learnt == 'ok<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>hi<|im_end|>'
 
 
 def test_control_tokens_in_contents_stay_text(tokenizer):

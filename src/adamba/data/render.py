@@ -2,7 +2,8 @@
 
 `Renderer.render` gives the ids that `apply_chat_template` gives for Adamba's template: only contents are encoded, all
 of a batch at once, and template text is inserted as ids. Contents are encoded as plain text: a control token written
-by a user (`<|im_end|>`) stays text. For any other template with `{% generation %}` markers the slow way is taken.
+by a user (`<|im_end|>`) stays text. The slow way is taken for any other template with
+`{% generation %}` markers, and for a tokenizer that encodes the beginning of a text otherwise than what follows a token.
 """
 
 import json
@@ -43,12 +44,12 @@ class Renderer:
         template = tokenizer.chat_template
         if not template:
             raise UserError(
-                f"tokenizer {tokenizer.name_or_path!r} has no chat template; give it one with add_chat_tokens()"
+                f"tokenizer {tokenizer.name_or_path!r} has no chat template; add_chat_tokens: true gives it one"
             )
         if "generation" not in template:
             raise UserError(
                 f"tokenizer {tokenizer.name_or_path!r}: its chat template has no {{% generation %}} markers, so the "
-                "assistant's tokens cannot be told apart; replace it with add_chat_tokens()"
+                "assistant's tokens cannot be told apart; add_chat_tokens: true replaces it"
             )
         self.tokenizer = tokenizer
         self.is_fast = template == CHAT_TEMPLATE and CALL_OPEN in tokenizer.get_added_vocab()
@@ -56,6 +57,10 @@ class Renderer:
         self.end_of_text_id: int = self.ids.get(END_OF_TEXT, tokenizer.eos_token_id)
         plain = json.loads(tokenizer.backend_tokenizer.to_str()) | {"added_tokens": [], "post_processor": None}
         self._plain = Tokenizer.from_str(json.dumps(plain))
+        if self.is_fast:
+            # A tokenizer that marks the beginning of a text (Llama's) takes a content by itself for one.
+            alone = self._plain.encode("a", add_special_tokens=False).ids
+            self.is_fast = tokenizer.encode(CALL_OPEN + "a", add_special_tokens=False)[1:] == alone
 
     def render(self, rows: Sequence[dict[str, Any]]) -> list[tuple[list[int], list[bool]]]:
         """Token ids of each row and, per token, whether the assistant wrote it (all True for text rows).
