@@ -113,6 +113,53 @@ def test_sharegpt_cuts_loose_ends():
     assert rows[4]["messages"][0] == {"role": "system", "content": "You are a pirate."}
 
 
+def test_sharegpt_takes_the_system_prompt_from_a_column():
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Arr"}]
+    pirate = {"role": "system", "content": "You are a pirate."}
+    for system, expected in ((" You are a pirate.", [pirate]), (None, []), ("", [])):
+        row = FORMATS["sharegpt"].convert({"conversations": turns, "system": system})
+        assert row["messages"][:-2] == expected
+    own = [{"from": "system", "value": "You are a pirate."}, *turns]
+    assert FORMATS["sharegpt"].convert({"conversations": own, "system": "x"})["messages"][0] == pirate
+
+
+def called(ids, results):
+    """What is learnt of a turn of calls, and of results `(id, content)`."""
+    calls = [{"id": name, "function": {"name": "f", "arguments": {}}} for name in ids]
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": calls}]
+    turns += [{"role": "tool", "tool_call_id": name, "content": content} for name, content in results]
+    row = {"messages": [*turns, {"role": "assistant", "content": "a"}], "tools": [{"name": "f"}]}
+    return [message["content"] for message in FORMATS["messages"].convert(row)["messages"]][2:-1]
+
+
+def test_results_stand_in_the_order_of_their_calls():
+    assert called(["x", "y", "z"], [("z", "3"), ("x", "1"), ("y", "2")]) == ["1", "2", "3"]
+    assert called(["x", "y"], [("y", "2")]) == ["2"]
+    assert called([None, None], [(None, "1"), (None, "2")]) == ["1", "2"]
+    assert called(["x", "y"], [("y", "2"), ("other", "1")]) == ["2", "1"]
+    odd = [{"role": "user", "content": "q", "tool_calls": ["x"]}, {"role": "assistant", "content": "a"}]
+    assert len(FORMATS["messages"].convert({"messages": odd})["messages"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({"weight": 0}, "an answer of weight 0"),
+        ({"function_call": {"name": "f", "arguments": "{}"}}, "function_call instead of tool_calls"),
+    ],
+)
+def test_what_would_be_learnt_otherwise_than_it_says_is_dropped(extra, reason):
+    answer = {"role": "assistant", "content": "a"}
+    question = {"role": "user", "content": "q", "weight": 0}
+    assert FORMATS["messages"].convert({"messages": [question, answer | {"weight": 1}]})
+    with pytest.raises(DroppedRow, match=reason):
+        FORMATS["messages"].convert({"messages": [question, answer | extra, question, answer]})
+    if "weight" in extra:
+        turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}]
+        with pytest.raises(DroppedRow, match=reason):
+            FORMATS["sharegpt"].convert({"conversations": turns})
+
+
 def test_preference_without_prompt_takes_what_both_share():
     row = list(converted("preference"))[2]
     assert row["prompt"] == [{"role": "user", "content": "Say hi"}]

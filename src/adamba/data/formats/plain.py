@@ -1,5 +1,6 @@
 """Rows that have one of our shapes already: `text`, or `messages` with `tools`."""
 
+from itertools import groupby
 from typing import Any
 
 from adamba.data.formats.conversation import (
@@ -31,7 +32,22 @@ def messages(row: Row) -> Row:
         raise DroppedRow("no column messages")
     if not isinstance(row["messages"], list) or not row["messages"]:
         raise DroppedRow("no turns")
-    return conversation([check_message(message) for message in row["messages"]], check_tools(row.get("tools")))
+    checked = [check_message(message) for message in row["messages"]]
+    return conversation([checked[place] for place in _in_call_order(row["messages"])], check_tools(row.get("tools")))
+
+
+def _in_call_order(turns: list[Message]) -> list[int]:
+    """Places of the turns, each call's result where its `tool_call_id` asks for: the text that is learnt has no ids."""
+    order: list[int] = []
+    ids: list[Any] = []
+    for is_result, group in groupby(range(len(turns)), key=lambda place: turns[place]["role"] == "tool"):
+        places = list(group)
+        if is_result and all(turns[place].get("tool_call_id") in ids for place in places):
+            places.sort(key=lambda place: ids.index(turns[place].get("tool_call_id")))
+        order += places
+        last = turns[places[-1]]
+        ids = [call.get("id") for call in last.get("tool_calls") or []] if last["role"] == "assistant" else []
+    return order
 
 
 def check_message(message: Any) -> Message:
@@ -48,6 +64,10 @@ def check_message(message: Any) -> Message:
     if not isinstance(content, (str, type(None))) or not isinstance(thought, (str, type(None))):
         raise DroppedRow("a turn that is not text")
     checked: Message = {"role": role, "content": content or ""}
+    if message.get("function_call"):
+        raise DroppedRow("function_call instead of tool_calls")
+    if role == "assistant" and message.get("weight") == 0:
+        raise DroppedRow("an answer of weight 0")
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list):
         raise DroppedRow("a call without a name")

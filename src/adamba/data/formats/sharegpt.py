@@ -1,6 +1,6 @@
-"""ShareGPT: `conversations`, a list of `{"from", "value"}` with many names for two roles."""
+"""ShareGPT: `conversations`, a list of `{"from", "value"}` with many names for two roles, and perhaps `system`."""
 
-from adamba.data.formats.conversation import DroppedRow, Message, Row, conversation
+from adamba.data.formats.conversation import DroppedRow, Message, Row, column_text, conversation
 
 ROLES = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
@@ -13,11 +13,14 @@ def sharegpt(row: Row) -> Row:
     """`conversations` → messages.
 
     Long conversations were split upstream, so a piece may start with an answer or end with a question: those ends are
-    cut off. What is broken inside (two turns of one role, an empty turn, an unknown role) drops the row.
+    cut off. What is broken inside (two turns of one role, an empty turn, an unknown role) drops the row. A column
+    `system` is the system turn, where the turns have none.
     """
     messages = turns(row, ROLES)
     system = messages[:1] if messages and messages[0]["role"] == "system" else []
     rest = messages[len(system) :]
+    if not system and "system" in row and (prompt := column_text(row, "system")):
+        system = [{"role": "system", "content": prompt}]
     while rest and rest[0]["role"] == "assistant":
         rest = rest[1:]
     while rest and rest[-1]["role"] == "user":
@@ -47,5 +50,7 @@ def turns(row: Row, roles: dict[str, str]) -> list[Message]:
             raise DroppedRow("an unknown role")
         if value is not None and not isinstance(value, str):
             raise DroppedRow("a turn that is not text")
+        if turn.get("weight") == 0 and roles[role.strip().lower()] == "assistant":
+            raise DroppedRow("an answer of weight 0")
         messages.append({"role": roles[role.strip().lower()], "content": (value or "").strip()})
     return messages
