@@ -103,6 +103,31 @@ def test_copies_that_differ_in_an_id_stay_on_one_side_of_the_split(tmp_path, mon
     assert not set(held_out) & set(trained)
 
 
+def test_a_folder_of_one_text_a_file_is_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "is_held_out", IS_HELD_OUT)
+    monkeypatch.setattr(sources, "MIN_SHARD_BYTES", 1)
+    for index in range(170):
+        (tmp_path / f"{index:03}.txt").write_text(f"text {index}")
+    streams = {
+        split: load_mixture({"fineweb": 1}, split=split, seed=0, data_files={"fineweb": str(tmp_path)})
+        for split in ("train", "test")
+    }
+    assert streams["train"].num_shards == 3
+    test = {row["text"] for row in streams["test"]}
+    train = {row["text"] for row in itertools.islice(streams["train"], 170)}
+    assert test and not test & train and len(test | train) == 170
+
+
+def test_small_files_are_joined_and_large_ones_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MIN_SHARD_BYTES", 100)
+    paths = [tmp_path / f"{index}.json" for index in range(6)]
+    for path, size in zip(paths, (100, 60, 60, 200, 10, 10), strict=True):
+        path.write_text("x" * size)
+    shards = sources.join_files(paths)
+    assert [len(shard) for shard in shards] == [1, 2, 3]
+    assert [path for shard in shards for path in shard] == [str(path) for path in paths]
+
+
 def test_a_file_that_is_held_out_whole_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "is_held_out", lambda row: True)
     (tmp_path / "a.txt").write_text("text")

@@ -21,7 +21,8 @@ Record = dict[str, Any]
 
 CHUNK_BYTES = 1 << 20
 MAX_RECORD_CHARACTERS = 1 << 26  # of a JSON record, or of a CSV field
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt", ".md")
+TEXTS = (".txt", ".md")
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", *TEXTS)
 _OPENERS: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".bz2": BZ2File, ".xz": lzma.open}
 _WHITE = " \t\r\n"
 
@@ -80,12 +81,18 @@ def read_records(path: Path, on_bad_file: OnBadFile = "stop") -> Iterator[Record
         _bad(on_bad_file, f"{path}: cannot be read ({error})")
 
 
+def holds_one_record(path: Path) -> bool:
+    """Whether a file is read whole, as one text."""
+    return _uncompressed(path.name.lower()).endswith(TEXTS)
+
+
 def _is_data(name: str) -> bool:
     name = name.lower()
-    if name.endswith((".zip", ".tar", ".tgz")):
-        return True
-    bare = name.rpartition(".")[0] if Path(name).suffix in _OPENERS else name
-    return bare.endswith((*SUFFIXES, ".tar"))
+    return name.endswith((".zip", ".tar", ".tgz")) or _uncompressed(name).endswith((*SUFFIXES, ".tar"))
+
+
+def _uncompressed(name: str) -> str:
+    return name.rpartition(".")[0] if Path(name).suffix in _OPENERS else name
 
 
 def _bad(on_bad_file: OnBadFile, problem: str, kept: int | None = None) -> None:
@@ -104,7 +111,7 @@ def _read_stream(stream: IO[bytes], label: str, name: str, on_bad_file: OnBadFil
         yield from _read_parquet(stream, label, on_bad_file)
     elif name.endswith((".csv", ".tsv")):
         yield from _read_csv(stream, label, "\t" if name.endswith(".tsv") else ",", on_bad_file)
-    elif name.endswith((".txt", ".md")):
+    elif name.endswith(TEXTS):
         try:
             yield {"text": stream.read().decode("utf-8-sig")}
         except UnicodeDecodeError as error:

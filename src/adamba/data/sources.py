@@ -1,10 +1,11 @@
 """From a card to rows: where the records are, which split they belong to, how they convert, and what drops."""
 
+import itertools
 import json
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from datasets import IterableDataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from adamba.data.cards import Card
-from adamba.data.files import OnBadFile, Record, find_files, read_records, without_nulls
+from adamba.data.files import OnBadFile, Record, find_files, holds_one_record, read_records, without_nulls
 from adamba.data.formats import FORMATS, DroppedRow, Row
 from adamba.data.python_docs import python_docs_rows
 from adamba.errors import UserError, one_line
@@ -22,6 +23,7 @@ from adamba.errors import UserError, one_line
 NUM_SHARDS = 48  # of what has no files: divides over 2, 3, 4, 6, 8, 12, 16 or 24 ranks × workers
 TEST_FRACTION_INVERSE = 50  # rows held out of a dataset that has no test split
 DOWNLOAD_DIR = Path("data")  # `run_data.py download` puts a dataset in a folder of its name here
+MIN_SHARD_BYTES = 1 << 20  # smaller local files are read together
 MIN_ROWS_TO_JUDGE = 100
 MAX_DROPPED_FRACTION = 0.5
 
@@ -77,7 +79,7 @@ class Conversion:
 
 
 def open_source(card: Card, split: str, data_file: str | None, on_bad_file: OnBadFile) -> tuple[Reader, list[Any]]:
-    """A function that reads one shard's records, and the shards: files, or numbers.
+    """A function that reads one shard's records, and the shards: tuples of files, or numbers.
 
     A local file or folder (`data_file`, or the folder that `run_data.py download` fills) stands in for the Hub.
 
@@ -87,13 +89,29 @@ def open_source(card: Card, split: str, data_file: str | None, on_bad_file: OnBa
     if data_file is None and card.loader in ("hub", "files") and (DOWNLOAD_DIR / card.id).is_dir():
         data_file = str(DOWNLOAD_DIR / card.id)
     if data_file is not None:
-        return partial(_read_file, on_bad_file=on_bad_file), [str(path) for path in find_files(data_file)]
+        return partial(_read_files, on_bad_file=on_bad_file), join_files(find_files(data_file))
     if card.loader == "python_docs":
         return partial(_read_python_docs, split=split), list(range(NUM_SHARDS))
     if card.loader == "files":
         raise UserError(f"{card.id}: it lives in no repository ({card.file} says where); {_how_to_pass_files(card)}")
     num_shards = load_hub(card, split).num_shards
     return partial(_read_hub, card=card, split=split, num_shards=num_shards), list(range(num_shards))
+
+
+def join_files(paths: Sequence[Path]) -> list[tuple[str, ...]]:
+    """Small neighbours together: of files of one record each, one in fifty would leave a shard nothing to train on."""
+    shards: list[tuple[str, ...]] = []
+    joined: tuple[str, ...] = ()
+    size = 0
+    for path in paths:
+        joined += (str(path),)
+        size += path.stat().st_size
+        if size >= MIN_SHARD_BYTES and (not holds_one_record(path) or len(joined) >= TEST_FRACTION_INVERSE):
+            shards.append(joined)
+            joined, size = (), 0
+    if joined and shards:
+        shards[-1] += joined
+    return shards or [joined]
 
 
 def rows_of(card: Card, split: str, reader: Reader, shards: list[Any], conversion: Conversion) -> Iterator[Row]:
@@ -104,7 +122,7 @@ def rows_of(card: Card, split: str, reader: Reader, shards: list[Any], conversio
     """
     for shard in shards:
         # A local file stands in for the whole dataset: which of the Hub's splits its rows are is not known.
-        held_out_here = "test" not in card.splits or isinstance(shard, str)
+        held_out_here = "test" not in card.splits or isinstance(shard, tuple)
         before, num_converted, num_kept = conversion.seen, 0, 0
         for record in reader(shard):
             row = conversion.convert(record)
@@ -119,7 +137,8 @@ def rows_of(card: Card, split: str, reader: Reader, shards: list[Any], conversio
             what = conversion.report() if conversion.seen > before else "it holds no record"
             if num_converted:
                 what = f"what it holds ({num_converted}) is held out for the test split; join it with other files"
-            raise UserError(f"{card.id}: nothing to train on in {shard}: {what}")
+            where = " to ".join(dict.fromkeys((shard[0], shard[-1]))) if isinstance(shard, tuple) else shard
+            raise UserError(f"{card.id}: nothing to train on in {where}: {what}")
     if conversion.dropped:
         logger.warning("%s: %s", card.id, conversion.report())
 
@@ -171,8 +190,8 @@ def _how_to_pass_files(card: Card) -> str:
     return f"pass local files with --data_files {card.id}=FILE_OR_FOLDER, or put them into {DOWNLOAD_DIR / card.id}/"
 
 
-def _read_file(path: str, on_bad_file: OnBadFile) -> Iterator[Record]:
-    return read_records(Path(path), on_bad_file)
+def _read_files(paths: Sequence[str], on_bad_file: OnBadFile) -> Iterator[Record]:
+    return itertools.chain.from_iterable(read_records(Path(path), on_bad_file) for path in paths)
 
 
 def _read_python_docs(shard: int, split: str) -> Iterator[Record]:
