@@ -2,7 +2,8 @@
 Phase 6, offline: DPO on pairs of turns, the solver's against a wrong one, or on trajectories from a file.
 
     accelerate launch src/run_dpo.py recipes/tiny/phase6_dpo.yaml
-    accelerate launch src/run_dpo.py recipes/tiny/phase6_dpo.yaml --mix pairs=1.0 --data_files pairs=pairs.jsonl
+    accelerate launch src/run_dpo.py recipes/tiny/phase6_dpo.yaml --mix pairs=1.0 --data_files pairs=pairs.jsonl \
+        --imitated '[]'
 """
 
 from adamba.kept_help import print_kept_help

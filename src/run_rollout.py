@@ -2,7 +2,8 @@
 Play a checkpoint on tasks and write what happened: trajectories with success labels, and pairs for DPO.
 
     python src/run_rollout.py --model_name_or_path checkpoints/tiny/phase5 --mix tic_tac_toe=1.0 --output_dir rollouts
-    python src/run_dpo.py recipes/tiny/phase6_dpo.yaml --mix pairs=1.0 --data_files pairs=rollouts/pairs.jsonl
+    python src/run_dpo.py recipes/tiny/phase6_dpo.yaml --mix pairs=1.0 --data_files pairs=rollouts/pairs.jsonl \
+        --imitated '[]'
 """
 
 from adamba.kept_help import print_kept_help

@@ -9,6 +9,8 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, Value
 
+from adamba.data.formats.conversation import SPECIAL_TEXTS, DroppedRow
+from adamba.data.formats.plain import check_message
 from adamba.data.sources import is_held_out
 from adamba.errors import UserError
 from adamba.tasks import TASKS, Split, Task
@@ -124,8 +126,11 @@ def read_pairs(path: str) -> list[Row]:
             raise UserError(f"{path}: line {number}: not valid JSON") from None
         for column in PAIR_COLUMNS:
             messages = row.get(column) if isinstance(row, dict) else None
-            if not isinstance(messages, list) or not messages or not all(_is_message(item) for item in messages):
-                raise UserError(f"{path}: line {number}: key '{column}': needs a list of messages with a role")
+            if not isinstance(messages, list) or not messages:
+                raise UserError(f"{path}: line {number}: key '{column}': needs a list of messages")
+            for message in messages:
+                if problem := _problem(message):
+                    raise UserError(f"{path}: line {number}: key '{column}': {problem}")
         if row["chosen"] == row["rejected"]:
             raise UserError(f"{path}: line {number}: chosen and rejected are the same")
         rows.append({column: row[column] for column in PAIR_COLUMNS} | {"tools": row.get("tools") or []})
@@ -134,8 +139,16 @@ def read_pairs(path: str) -> list[Row]:
     return rows
 
 
-def _is_message(item: object) -> bool:
-    return isinstance(item, dict) and isinstance(item.get("role"), str)
+def _problem(message: Any) -> str | None:
+    """Why the chat template cannot write a message as it is meant, or would read a turn's end inside it."""
+    if isinstance(message, dict):
+        message = message | {"tool_calls": None}  # a call to be rejected may be of any shape
+    try:
+        checked = check_message(message)
+    except DroppedRow as reason:
+        return str(reason)
+    texts = (checked["content"], checked.get("reasoning_content", ""))
+    return "a control token in the text" if any(token in text for token in SPECIAL_TEXTS for text in texts) else None
 
 
 def _draw(mix: Mapping[str, float], num_rows: int, seed: int) -> list[tuple[str, int]]:
