@@ -105,7 +105,7 @@ def main() -> None:
         if not rows[source]:
             raise UserError(f"mix: {source!r} has no held-out row")
 
-    spare = [row["input_ids"] for source in rows for row in rows[source][args.num_rows :]]
+    spare = [row for source in rows for row in rows[source][args.num_rows :]]
     rows = {source: found[: args.num_rows] for source, found in rows.items()}
 
     metrics: dict[str, float | str] = {}

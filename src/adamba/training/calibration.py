@@ -18,6 +18,7 @@ from adamba.errors import UserError
 from adamba.model import AdambaForCausalLM
 from adamba.publish import update_generation_config
 from adamba.training.evaluation import GameSettings, task_rows
+from adamba.training.head_losses import IGNORED
 from adamba.training.play import play
 
 FIRST_SEED = 1_000_000  # instances that no evaluation plays
@@ -156,33 +157,48 @@ def task_measure(
 
 
 def text_measure(
-    model: AdambaForCausalLM, rows: Sequence[Sequence[int]], batch_size: int
+    model: AdambaForCausalLM, rows: Sequence[Mapping[str, Sequence[int]]], batch_size: int
 ) -> Callable[[float], Losses]:
     """
-    Losses of rows of text, token ids of equal length: the share of tokens, in the second half of a row, at which
-    decoding with exits (its cache filled by exits, too) predicts another next token than full depth.
+    Losses of packed rows: the share of predicted tokens, in the second half of a row, at which decoding with exits
+    (its cache filled by exits, too) predicts another next token than full depth. What has no label (padding, say) is
+    not counted; each row has something that is (`rows_to_calibrate_on`).
     """
-    length = len(rows[0])
-    start = length // 2
-    end = min(length, start + MAX_TEXT_TOKENS)
-    batches = torch.tensor([list(row[:end]) for row in rows], device=model.device).split(batch_size)
+    start, end = _window(rows)
+    batches = torch.tensor([list(row["input_ids"][:end]) for row in rows], device=model.device).split(batch_size)
+    labels = torch.tensor([list(row["labels"][start + 1 : end + 1]) for row in rows], device=model.device)
+    counts = (labels != IGNORED).split(batch_size)
     with torch.no_grad():
         full = [model(batch, use_cache=False).logits[:, start:].argmax(-1) for batch in batches]
 
     @torch.no_grad()
     def measure(threshold: float) -> Losses:
         losses: list[float] = []
-        for batch, expected in zip(batches, full, strict=True):
+        for batch, expected, counted in zip(batches, full, counts, strict=True):
             cache = model(batch[:, :start], use_cache=True, logits_to_keep=1).past_key_values
             wrong = torch.zeros(len(batch), device=batch.device)
             for place in range(start, end):
                 step = batch[:, place : place + 1]
                 logits = model(step, past_key_values=cache, use_cache=True, exit_threshold=threshold).logits
-                wrong += logits[:, -1].argmax(-1) != expected[:, place - start]
-            losses += (wrong / (end - start)).tolist()
+                wrong += (logits[:, -1].argmax(-1) != expected[:, place - start]) & counted[:, place - start]
+            losses += (wrong / counted.sum(1)).tolist()
         return {"text": losses}
 
     return measure
+
+
+def rows_to_calibrate_on(rows: Sequence[Mapping[str, Sequence[int]]]) -> list[Mapping[str, Sequence[int]]]:
+    """The packed rows that have something to predict where exits are measured."""
+    if not rows:
+        return []
+    start, end = _window(rows)
+    return [row for row in rows if any(label != IGNORED for label in row["labels"][start + 1 : end + 1])]
+
+
+def _window(rows: Sequence[Mapping[str, Sequence[int]]]) -> tuple[int, int]:
+    """Places of a row at which the next token is predicted: the first ones of its second half."""
+    length = len(rows[0]["input_ids"])
+    return length // 2, min(length - 1, length // 2 + MAX_TEXT_TOKENS)
 
 
 def calibration_metrics(found: Calibration, settings: CalibrationSettings, unit: str) -> dict[str, float | str]:
@@ -219,10 +235,11 @@ def require_gates(model, name: str) -> None:
 
 
 def calibrate_checkpoint(
-    model, tokenizer, folder: str, games: GameSettings, text_rows: Sequence[Sequence[int]], settings
+    model, tokenizer, folder: str, games: GameSettings, text_rows: Sequence[Mapping[str, Sequence[int]]], settings
 ) -> dict[str, float | str]:
     """Choose the threshold on episodes, or without a task on text, and write it beside the weights."""
     tasks = [name for name, count in games.num_episodes.items() if count]
+    text_rows = rows_to_calibrate_on(text_rows)
     if tasks:
         measure = task_measure(model, tokenizer, tasks, games, settings.trials)
     elif len(text_rows) >= settings.trials:
