@@ -195,7 +195,9 @@ def test_a_tokenizer_that_marks_the_beginning_of_a_text_gives_the_ids_of_the_tem
     model = Tokenizer(models.BPE(unk_token="<unk>"))
     model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)  # as Llama's
     model.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
-    model.train_from_iterator(["Say hi f {} ok"] * 3, trainers.BpeTrainer(special_tokens=["<unk>"], show_progress=False))
+    model.train_from_iterator(
+        ["Say hi f {} ok"] * 3, trainers.BpeTrainer(special_tokens=["<unk>"], show_progress=False)
+    )
     tokenizer = add_chat_tokens(PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>"))
     messages = [
         {"role": "user", "content": "Say hi"},

@@ -111,9 +111,15 @@ def test_imitated_sources_have_no_worse_turn_and_must_be_in_the_mix() -> None:
         (json.dumps(PAIR | {"chosen": "8"}), "line 1: key 'chosen'"),
         (json.dumps(PAIR | {"rejected": []}), "line 1: key 'rejected'"),
         (json.dumps(PAIR | {"rejected": [{"content": "9"}]}), "line 1: key 'rejected'"),
-        (json.dumps(PAIR | {"prompt": [{"role": "developer", "content": "x"}]}), "line 1: key 'prompt': an unknown role"),
+        (
+            json.dumps(PAIR | {"prompt": [{"role": "developer", "content": "x"}]}),
+            "line 1: key 'prompt': an unknown role",
+        ),
         (json.dumps(PAIR | {"prompt": [{"role": "user", "content": [{}]}]}), "line 1: key 'prompt': .* not text"),
-        (json.dumps(PAIR | {"chosen": [{"role": "assistant", "content": "<|im_end|>"}]}), "line 1: .* a control token"),
+        (
+            json.dumps(PAIR | {"chosen": [{"role": "assistant", "content": "<|im_end|>"}]}),
+            "line 1: .* a control token",
+        ),
         (json.dumps(PAIR | {"rejected": GOOD}), "line 1: chosen and rejected are the same"),
         ("\n\n", "holds no trajectories"),
     ],

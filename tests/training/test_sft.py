@@ -24,7 +24,9 @@ def test_each_of_several_local_files_is_evaluated_beside_a_task(tmp_path):
     card = "---\nadamba: {id: calculator, loader: task, format: messages}\n---\nA task."
     (tmp_path / "calculator.md").write_text(card)
     mix = {**dict.fromkeys(files, 1.0), "calculator": 1.0}
-    config = MixSFTConfig(output_dir=str(tmp_path), max_steps=1, max_length=64, num_eval_rows=2, use_cpu=True, bf16=False)
+    config = MixSFTConfig(
+        output_dir=str(tmp_path), max_steps=1, max_length=64, num_eval_rows=2, use_cpu=True, bf16=False
+    )
     tokenizer = train_tokenizer(["1 2 3? 4!"], 400)
     data_args = DataArguments(mix=mix, data_files=files, cards_dir=str(tmp_path))
     datasets = eval_datasets(data_args, tokenizer, config)

@@ -30,7 +30,7 @@ class Card:
         config: Hub configuration name.
         data_files: files in the repository to read instead of what the Hub would choose (glob patterns).
         fallback: Hub repository (`name` or `name:config`) with the same data, read where the Hub has no `path`.
-        splits: our split → split there. Without `test`, and of local files, it is held out by a hash of the converted row.
+        splits: our split → split there. Without `test`, and of local files, it is held out by a hash of the row.
         columns: name the format expects → column there, where they differ.
         use: what it is for.
         size: rows and bytes, for people.

@@ -2,8 +2,8 @@
 
 `Renderer.render` gives the ids that `apply_chat_template` gives for Adamba's template: only contents are encoded, all
 of a batch at once, and template text is inserted as ids. Contents are encoded as plain text: a control token written
-by a user (`<|im_end|>`) stays text. The slow way is taken for any other template with
-`{% generation %}` markers, and for a tokenizer that encodes the beginning of a text otherwise than what follows a token.
+by a user (`<|im_end|>`) stays text. The slow way is taken for any other template with `{% generation %}` markers, and
+for a tokenizer that encodes the beginning of a text otherwise than what follows a token.
 """
 
 import json

@@ -37,7 +37,7 @@ def messages(row: Row) -> Row:
 
 
 def _in_call_order(turns: list[Message]) -> list[int]:
-    """Places of the turns, each call's result where its `tool_call_id` asks for: the text that is learnt has no ids."""
+    """Places of the turns, results in the order of their calls by `tool_call_id`: what is learnt has no ids."""
     order: list[int] = []
     ids: list[Any] = []
     for is_result, group in groupby(range(len(turns)), key=lambda place: turns[place]["role"] == "tool"):
