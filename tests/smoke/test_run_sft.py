@@ -96,6 +96,15 @@ def test_rows_can_stand_alone(monkeypatch, recipe, tmp_path):
     assert metrics["tokens_seen"] == sum(lengths) < 4 * 192
 
 
+def test_rows_are_padded_without_a_padding_token(monkeypatch, recipe, base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "bare")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    run(monkeypatch, recipe(model_name_or_path=str(folder), packing=False, max_steps=1))
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["train_loss"] > 0
+
+
 def test_the_held_out_loss_is_of_the_mean_token_whatever_the_batch_size(monkeypatch, recipe):
     evaluate, losses = run_sft.evaluate_sources, []
 

@@ -1,5 +1,6 @@
 """The agent loop: batched play equals the environments' own rules, whatever the model writes."""
 
+import copy
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from adamba.tasks.sudoku_rules import solution, solver_cells
 from adamba.tasks.tic_tac_toe_rules import best_moves, legal_moves
 from adamba.tools.calls import parse_tool_calls
 from adamba.training.evaluation import GameSettings, play_tasks
-from adamba.training.play import Episode, play, score_episodes
+from adamba.training.play import Episode, generate_turns, play, score_episodes
 
 CALL = '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>'
 Speaker = Callable[[str], str]
@@ -209,6 +210,20 @@ def test_poor_policies_end_and_score_below_the_solver(tokenizer: PreTrainedToken
         assert all(0 <= value <= 1 for key, value in metrics.items() if not key.startswith(counts))
         if task_id == "calculator":
             assert metrics["accuracy_calculator"] == 0.0
+
+
+def test_prompts_are_padded_without_a_padding_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    class Silent:
+        device = "cpu"
+
+        def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: int) -> torch.Tensor:
+            assert attention_mask.tolist() == [[1, 1], [0, 1]]
+            return torch.cat((input_ids, torch.full((2, 1), options["eos_token_id"])), dim=1)
+
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    eos = bare.eos_token_id
+    assert generate_turns(Silent(), bare, [[5, 6], [7]], {}) == [[eos], [eos]]
 
 
 def test_an_episode_ends_soon_after_its_game(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -192,7 +192,8 @@ def generate_turns(
 ) -> list[list[int]]:
     """One turn after every prompt: new ids up to and including the end of turn, when it came."""
     longest = max(len(ids) for ids in prompts)
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    eos = tokenizer.eos_token_id
+    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     padded = [[pad] * (longest - len(ids)) + ids for ids in prompts]
     mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
     output = model.generate(  # type: ignore[operator]

@@ -134,7 +134,8 @@ class MixSFTTrainer(ElasticLossMixin, OptimizerMixin, SFTTrainer):
         args.packing = args.assistant_only_loss = args.shuffle_dataset = False
         args.remove_unused_columns = False
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        collator = RowCollator(sources, processing_class.pad_token_id)
+        pad_id = processing_class.pad_token_id  # None with Llama's own tokenizers
+        collator = RowCollator(sources, processing_class.eos_token_id if pad_id is None else pad_id)
         super().__init__(args=args, processing_class=processing_class, data_collator=collator, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
