@@ -7,6 +7,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from adamba import launch
 from adamba.budget.memory import memory_gib
@@ -160,3 +161,13 @@ def test_recipes_have_the_precision_of_their_config() -> None:
             check_precision(values["bf16"], False, environment)
             seen += 1
     assert seen >= 10
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_offload", "multi_node"])
+def test_deepspeed_clips_at_the_recipes_own_max_grad_norm(name, monkeypatch) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is for Linux")
+    for key, value in launched(name)[1].items():
+        monkeypatch.setenv(key, value)
+    config = HfTrainerDeepSpeedConfig(DeepSpeedPlugin().deepspeed_config)
+    config.fill_match("gradient_clipping", 0.5, "max_grad_norm")  # as the Trainer does before it starts
+    assert config.config["gradient_clipping"] == 0.5 and not config.mismatches
