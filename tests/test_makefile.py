@@ -61,6 +61,11 @@ def test_launcher_that_is_given_replaces_the_recipes_accelerate_config(project):
     done = make("phase1", "ARGS=--max_steps 2", cwd=project)
     expected = "launch --quiet --config_file accelerate_configs/ddp.yaml run_x.py recipes/phase1.yaml --max_steps 2"
     assert done.stdout.splitlines() == [f"accelerate {expected}", f"got {expected}"], done.stderr
+    (project / "recipes/phase1.yaml").write_text(
+        "# accelerate launch --num_processes 4 run_x.py recipes/phase1.yaml\n"
+    )
+    done = make("phase1", cwd=project)
+    assert done.stdout.splitlines()[1:] == ["got launch --quiet --num_processes 4 run_x.py recipes/phase1.yaml"]
 
 
 def test_eval_takes_a_checkpoint_and_measures_the_tiny_family_by_default():
@@ -71,6 +76,26 @@ def test_eval_takes_a_checkpoint_and_measures_the_tiny_family_by_default():
         expected = f"run_eval.py recipes/tiny/{recipe}.yaml --model_name_or_path checkpoints/tiny/{name}"
         assert expected in done.stdout
     assert "run_eval.py recipes/smollm2/eval.yaml" in make("--dry-run", "eval", "RECIPES=recipes/smollm2").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        ("CHECKPOINT=checkpoints/tiny/phase5/", "run_eval.py recipes/tiny/phase5_eval.yaml"),
+        ("CHECKPOINT=runs/phase5_tries/phase2", "run_eval.py recipes/tiny/eval.yaml"),
+        ("RECIPES=recipes/games CHECKPOINT=checkpoints/games/sudoku_1_sft", "run_games.py recipes/games/eval.yaml"),
+    ],
+)
+def test_eval_is_that_of_the_run_whatever_the_path_around_it(words, command):
+    assert command in make("--dry-run", "eval", *words.split()).stdout
+
+
+def test_a_dry_run_of_the_tests_runs_none(project):
+    (project / ".venv/bin").mkdir(parents=True, exist_ok=True)
+    (project / ".venv/bin/python").write_text("#!/bin/sh\ntouch was_run\n")
+    (project / ".venv/bin/python").chmod(0o755)
+    done = make("--dry-run", "test", cwd=project)
+    assert "pytest" in done.stdout and not (project / "was_run").exists()
 
 
 def test_failing_phase_fails_the_target(project):
