@@ -11,6 +11,7 @@ if __name__ == "__main__":
     print_kept_help()  # before the imports below, which take seconds
 
 import argparse
+import math
 import signal
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def main() -> None:
     args = arguments()
     for key, low in (("gpus", 1), ("usd_per_gpu_hour", 0), ("max_usd", 0), ("mfu", 1e-6)):
         value = getattr(args, key)
-        if value is not None and value < low:
+        if value is not None and not low <= value < math.inf:
             raise UserError(f"--{key.replace('_', '-')}: {value:g} must be {low:g} or more")
     if args.mfu is not None and (args.mfu > 1 or args.calibrate):
         raise UserError(f"--mfu: {args.mfu:g} must be at most 1, and is not given with --calibrate, which measures it")

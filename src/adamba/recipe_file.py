@@ -70,11 +70,9 @@ def launch_command(path: str | Path) -> list[str]:
 
 def launcher(path: str | Path) -> list[str]:
     """
-    What stands before a recipe's script: accelerate where its first line names a `--config_file`, else plain Python,
-    since one process needs no launcher and starts seconds earlier without.
+    What stands before a recipe's script: accelerate where its first line gives it options, else plain Python, since
+    one process needs no launcher and starts seconds earlier without.
     """
     words = launch_command(path)
-    if "--config_file" not in words:
-        return ["python"]
-    config = words[words.index("--config_file") + 1]
-    return ["accelerate", "launch", "--quiet", "--config_file", config]
+    options = words[2 : next(place for place, word in enumerate(words) if word.endswith(".py"))]
+    return ["accelerate", "launch", "--quiet", *options] if options else ["python"]

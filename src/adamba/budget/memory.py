@@ -48,8 +48,10 @@ def memory_gib(phase: PlannedPhase, num_gpus: int | None = None) -> dict[str, fl
         gradients += BUCKET_BYTES
     elif processes > 1 and launch.parameter_shards == 1:
         gradients += learned * trained  # DDP's buckets hold them a second time
+    copied = phase.has_reference and not phase.uses_adapters  # else it is the model itself, its adapters off
     kept = {
         "weights": 0.0 if launch.offloads_parameters else weights,
+        "reference": loaded * total * held(launch.parameter_shards) * (copied and not launch.offloads_parameters),
         "gradients": gradients,
         "optimizer": 0.0 if launch.offloads_optimizer else state * trained * held(launch.optimizer_shards),
     }
@@ -60,6 +62,9 @@ def memory_gib(phase: PlannedPhase, num_gpus: int | None = None) -> dict[str, fl
         "activations": activation_bytes(phase, tokens, mixed or computed, stream),
         "logits": logit_bytes(phase, tokens),
     }
+    caches = cache_bytes(phase, loaded)
+    if caches > sum(forward.values()):  # when episodes are played, nothing is kept for a backward pass
+        forward = {"activations": 0.0, "logits": 0.0, "caches": caches}
     if float(phase.values.get("old_weight_lr_scale", 1.0)) < 1:
         # The optimizer step copies the weights, when activations are gone: the larger of the two counts.
         copies = learned * trained
@@ -75,6 +80,23 @@ def logit_bytes(phase: PlannedPhase, tokens: int) -> float:
         taught = phase.is_elastic and phase.values.get("distill", True)
         return (CHUNK_LOGIT_BYTES + TARGET_LOGIT_BYTES * taught) * min(logits, LOGITS_AT_ONCE)
     return LOGIT_BYTES * logits
+
+
+def cache_bytes(phase: PlannedPhase, loaded: int) -> float:
+    """
+    Keys, values and Mamba states (fp32) of the completions that GRPO plays at once, which their turns keep
+    (`adamba.training.conversations`). Their prompts, whose length no recipe says, are left out; a team keeps none.
+    """
+    config, values = phase.config, phase.values
+    if phase.script != "run_grpo.py" or values.get("roles") or not isinstance(config, AdambaConfig):
+        return 0.0
+    steps = int(values.get("steps_per_generation") or values.get("gradient_accumulation_steps", 1))
+    rows = int(values.get("per_device_train_batch_size", 8)) * steps
+    kinds = layer_kinds(config)
+    num_attention = sum(kind in ATTENTION_LAYERS for kind in kinds)
+    keys = 2 * config.num_key_value_heads * config.head_dim * loaded * phase.length
+    states = 4 * config.mamba_inner_size * config.mamba_state_size
+    return float(rows * (num_attention * keys + (len(kinds) - num_attention) * states))
 
 
 def activation_bytes(phase: PlannedPhase, tokens: int, computed: int, stream: int) -> float:

@@ -26,7 +26,8 @@ from adamba.recipe_file import launch_command, read_recipe
 from . import sizes
 
 # What a recipe leaves out, as the trainers default it.
-DEFAULTS: dict[str, Any] = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 0}
+DEFAULTS: dict[str, Any] = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+COUNTS = (*DEFAULTS, "max_steps", "max_length", "max_completion_length")  # what tokens are the product of
 DEFAULT_LENGTHS = {"run_pretrain.py": 2048, "run_sft.py": 1024, "run_dpo.py": 1024, "run_grpo.py": 256}
 SCRIPTS = (*DEFAULT_LENGTHS, "run_surgery.py")
 ELASTIC_KEYS = ("width_weights", "num_sampled_widths", "distill", "num_sampled_exits")
@@ -70,8 +71,8 @@ class PlannedPhase:
     @property
     def stated_hours(self) -> float:
         """The time that the recipe's second line gives; what a surgery is priced by."""
-        second = self.recipe.read_text(encoding="utf-8").splitlines()[1]
-        found = re.search(r"([\d.]+) ?(seconds?|minutes?|h)\b", second)
+        second = " ".join(self.recipe.read_text(encoding="utf-8").splitlines()[1:2])
+        found = re.search(r"([\d.]+) ?(seconds?|minutes?|hours?|h)\b", second)
         return float(found[1]) / {"s": 3600, "m": 60, "h": 1}[found[2][0]] if found else 0.0
 
     @property
@@ -100,7 +101,12 @@ class PlannedPhase:
 
     @property
     def uses_adapters(self) -> bool:
-        return bool(self.values.get("use_peft"))
+        return bool(self.values.get("use_peft")) or self.values.get("policy") == "per_role"
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss also asks what the model said before it was trained."""
+        return self.script == "run_dpo.py" or bool(self.values.get("beta")) and self.script == "run_grpo.py"
 
     @property
     def is_elastic(self) -> bool:
@@ -118,8 +124,7 @@ class PlannedPhase:
             trained = adapter_flops_per_token(self.config, self.length)
         else:
             trained = training_flops_per_token(self.config, self.length, str(self.values.get("train_only", "all")))
-        reference = self.script == "run_dpo.py" or bool(self.values.get("beta")) and self.script == "run_grpo.py"
-        return trained + (flops_per_token(self.config, None, self.length) if reference else 0.0)
+        return trained + (flops_per_token(self.config, None, self.length) if self.has_reference else 0.0)
 
     @property
     def flops(self) -> float:
@@ -129,20 +134,25 @@ class PlannedPhase:
     def num_parameters(self) -> int:
         if isinstance(self.config, AdambaConfig):
             return sum(num_parameters(self.config).values())
-        return int(flops_per_token(self.config) / 2)  # a dense base: all but its embedding are products with weights
+        # A dense base: all but its embedding, where that is not the head too, are products with weights.
+        tied = getattr(self.config, "tie_word_embeddings", False)
+        return int(flops_per_token(self.config) / 2) + (
+            0 if tied else self.config.vocab_size * self.config.hidden_size
+        )
 
     @cached_property
     def num_trained(self) -> int:
         if self.is_surgery:
             return 0
         if self.uses_adapters:
-            return num_adapter_parameters(self.config, int(self.values.get("lora_r", 16)))
+            adapters = len(self.values.get("roles") or ()) if self.values.get("policy") == "per_role" else 1
+            return adapters * num_adapter_parameters(self.config, int(self.values.get("lora_r", 16)))
         if not isinstance(self.config, AdambaConfig):
             return self.num_parameters
         return num_trained(self.config, str(self.values.get("train_only", "all")))
 
     def _value(self, key: str) -> int:
-        return int(self.values.get(key, DEFAULTS[key]))
+        return int(self.values.get(key, DEFAULTS.get(key)))
 
 
 def read_plan(family: Path, without: Collection[str] = ()) -> list[PlannedPhase]:
@@ -160,8 +170,7 @@ def read_plan(family: Path, without: Collection[str] = ()) -> list[PlannedPhase]
         if step.evaluation or script not in SCRIPTS:
             continue
         values = read_recipe(path)
-        if not isinstance(values.get("max_steps", 1), int):
-            raise UserError(f"{path}: key 'max_steps': got {values['max_steps']!r}, needs a whole number")
+        _check_counts(path, script, values)
         try:
             reads = _config_read(values, written)
             config = _config_written(script, values, reads)
@@ -177,6 +186,17 @@ def read_plan(family: Path, without: Collection[str] = ()) -> list[PlannedPhase]
     if not phases:
         raise UserError(f"{family}: no recipe of any phase here, for instance {family / 'phase1.yaml'}")
     return phases
+
+
+def _check_counts(path: Path, script: str, values: Mapping[str, Any]) -> None:
+    if script == "run_surgery.py":
+        return
+    if values.get("max_steps") is None:
+        raise UserError(f"{path}: key 'max_steps': missing; epochs say nothing of the number of tokens")
+    for key in COUNTS:
+        value = values.get(key)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UserError(f"{path}: key '{key}': got {value!r}, the plan needs a whole number of 1 or more")
 
 
 def _config_read(values: Mapping[str, Any], written: Mapping[str, Any]) -> Any:
@@ -201,15 +221,18 @@ def _config_written(script: str, values: Mapping[str, Any], reads: Any) -> Any:
 
 
 def read_launch(words: list[str]) -> Launch:
-    """What the accelerate file of a launch command says about processes and sharding."""
+    """What a launch command and its accelerate file say about processes and sharding."""
+    given = words[words.index("--num_processes") + 1] if "--num_processes" in words else None
+    if given is not None and not given.isdecimal():
+        raise UserError(f"--num_processes: {given} is no whole number")
     if "--config_file" not in words:
-        return Launch()
+        return Launch(num_processes=int(given or 1))
     path = Path(words[words.index("--config_file") + 1])
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot read this accelerate config: {one_line(error)}") from None
-    count = int(config.get("num_processes", 1))
+    count = int(given or config.get("num_processes", 1))
     deepspeed = config.get("deepspeed_config") or {}
     stage = int(deepspeed.get("zero_stage", 0))
     fsdp = config.get("distributed_type") == "FSDP"

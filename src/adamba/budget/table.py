@@ -102,7 +102,8 @@ def _variants(family: Path, phases: Sequence[PlannedPhase], machine: Machine, ma
     def add(name: str, priced: Sequence[PricedPhase], count: int) -> None:
         too_big = [entry.phase.name.removeprefix("phase") for entry in priced if not entry.fits]
         fits = "yes" if not too_big else "not " + ", ".join(too_big)
-        worth = [f"{max_usd / (_hours(priced) * count):.2f}"] if max_usd is not None else []
+        gpu_hours = _hours(priced) * count
+        worth = [f"{max_usd / gpu_hours:.2f}" if gpu_hours else "–"] if max_usd is not None else []
         rows.append((name, f"{_hours(priced):.3g}", f"{_usd(priced):,.0f}", fits, *worth))
 
     names = {phase.name for phase in phases}
