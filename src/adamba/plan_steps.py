@@ -8,10 +8,7 @@ from adamba.errors import UserError
 from adamba.fingerprint import fingerprint_code, run_fingerprint
 from adamba.publish import read_run, record_evaluation, why_stale
 from adamba.recipe_file import launch_command, launcher, read_recipe
-from adamba.report.reading import NOT_RUNS, PHASES
-
-EVALUATION = "eval"
-AGENT_EVALUATION = "eval_agents"  # phases 5 and 6 also play the tasks
+from adamba.report.reading import AGENT_EVALUATION, EVALUATION, NOT_RUNS, PHASES, evaluation_recipe
 
 
 @dataclass(frozen=True)
@@ -87,13 +84,6 @@ def family_steps(family: Path) -> list[Step]:
     if not steps:
         raise UserError(f"{family}: no recipe of any phase here, for instance {family / 'phase0.yaml'}")
     return steps
-
-
-def evaluation_recipe(recipes: Mapping[str, Path], name: str) -> Path | None:
-    """The recipe that measures a run: its own, or that of its family; agents are played, where the family says how."""
-    plays = name.startswith(("phase5", "phase6"))
-    choices = [f"{name}_{EVALUATION}", *([AGENT_EVALUATION] if plays else []), EVALUATION]
-    return next((recipes[choice] for choice in choices if choice in recipes), None)
 
 
 def script_of(recipe: Path) -> Path:

@@ -1,6 +1,7 @@
 """Numbers derived from the metrics."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from adamba.report.measures import (
     percent,
     points,
     smooth,
+    step_curve,
     surgery_rows,
     width_curves,
     wilson_interval,
@@ -145,3 +147,15 @@ def test_headline_shows_each_way_of_phase_6(family_dir: Path) -> None:
     )
     games = [tile for tile in headline(read_family(family_dir)) if tile.title == "Tic-tac-toe"]
     assert [tile.met for tile in games] == [False, True], "one way that fails does not hide behind the other"
+
+
+def test_ways_of_phase_6_are_not_compared_with_each_other(family_dir: Path) -> None:
+    shutil.rmtree(family_dir / "phase5")
+    games = [tile for tile in headline(read_family(family_dir)) if tile.title == "Tic-tac-toe"]
+    assert len(games) == 2 and all(tile.met is None and "goal" not in tile.note for tile in games)
+
+
+def test_what_was_not_a_number_is_left_out_of_curves() -> None:
+    log = [{"step": 1, "reward": 0.5, "tokens_seen": None}, {"step": 2, "reward": None}, {"step": 3, "reward": 0.7}]
+    phase = Phase("phase6_grpo", Path("."), log=log)
+    assert step_curve(phase, "reward") == log_curve(phase, "reward") == [(1.0, 0.5), (3.0, 0.7)]

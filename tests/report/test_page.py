@@ -170,3 +170,18 @@ def test_units() -> None:
     assert [compact(value) for value in (None, 950, 1_350_000, 4e9)] == ["–", "950", "1.35 M", "4 G"]
     assert compact(2 * 1024**3, "B") == "2 GiB"
     assert [duration(s) for s in (None, 75.2, 245, 7800)] == ["–", "75 s", "4 min 05 s", "2 h 10 min"]
+
+
+def test_numbers_that_were_not_finite_cost_no_page(tmp_path: Path) -> None:
+    """Published logs hold them as null."""
+    logs = {
+        "phase2": [{"step": step, "loss": 2.0, "loss_pydoc_topics": None} for step in (1, 2)],
+        "phase6_grpo": [{"step": step, "reward": None if step == 2 else 0.5} for step in (1, 2, 3)],
+    }
+    for name, log in logs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text("{}")
+        (tmp_path / name / "log_history.json").write_text(json.dumps(log))
+    write_report(read_family(tmp_path), tmp_path / "out")
+    drawn = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    assert drawn == {"loss_per_phase", "reward_per_step"}

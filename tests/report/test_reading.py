@@ -8,7 +8,7 @@ import pytest
 
 from adamba.errors import UserError
 from adamba.report import read_family
-from adamba.report.reading import PHASES
+from adamba.report.reading import PHASES, Phase
 
 
 def test_phases_come_in_the_order_of_the_plan(family_dir: Path) -> None:
@@ -100,3 +100,32 @@ def test_nothing_to_report(tmp_path: Path) -> None:
     (tmp_path / "phase0.yaml").write_text("output_dir: [\n")
     with pytest.raises(UserError, match="phase0.yaml: not valid YAML"):
         read_family(tmp_path)
+
+
+def test_runs_of_several_seeds_are_all_there(tmp_path: Path) -> None:
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    for seed in range(3):
+        folder = tmp_path / f"runs/seed{seed}/phase5"
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(f'{{"seed": {seed}}}')
+        (recipes / f"phase5_seed{seed}.yaml").write_text(f"output_dir: {folder}\n")
+    phases = read_family(recipes).phases
+    assert [(phase.name, phase.metrics["seed"]) for phase in phases] == [(f"phase5_seed{n}", n) for n in range(3)]
+    with pytest.raises(UserError, match="checkpoints_dir: several recipes of .* write a folder phase5"):
+        read_family(recipes, tmp_path / "runs/seed0")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "command"),
+    [
+        ("tiny/phase5", "src/run_eval.py recipes/tiny/phase5_eval.yaml"),
+        ("tiny/phase6_dpo", "src/run_eval.py recipes/tiny/eval_agents.yaml"),
+        ("tiny/phase2", "src/run_eval.py recipes/tiny/eval.yaml"),
+        ("games/sudoku_1_sft", "src/run_games.py recipes/games/eval.yaml"),
+    ],
+)
+def test_the_command_that_measured_a_run_is_the_one_that_did(recipe: str, command: str, monkeypatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    phase = Phase(Path(recipe).name, Path("out"), Path(f"recipes/{recipe}.yaml"))
+    assert phase.evaluation_command == f"python {command} --model_name_or_path out"

@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from .loss_pictures import loss_per_phase, loss_per_source, loss_per_width
-from .measures import AGENT_SCORES, AgentScore, agent_phases, log_curve, percent, smooth, trials, wilson_interval
+from .measures import AGENT_SCORES, AgentScore, agent_phases, percent, smooth, step_curve, trials, wilson_interval
 from .pictures import (
     Picture,
     accuracy_against_compute,
@@ -68,14 +68,13 @@ def _score_panel(axes: Axes, score: AgentScore, phases: list[Phase], theme: Them
 def reward_per_step(family: Family, theme: Theme) -> Figure | None:
     """Mean reward of the sampled episodes along reinforcement learning."""
     phase = family.get("phase6_grpo")
-    curve = log_curve(phase, "reward") if phase else []
+    curve = step_curve(phase, "reward") if phase else []
     if phase is None or len(curve) < 2:
         return None
     figure = Figure(figsize=(10, 3.6))
     axes = figure.subplots()
     color = theme.phase(phase.name)
-    steps = [float(entry["step"]) for entry in phase.log if "reward" in entry and "step" in entry]
-    rewards = [value for _, value in curve]
+    steps, rewards = [step for step, _ in curve], [value for _, value in curve]
     average = smooth(rewards, span=max(3.0, len(rewards) / 8))
     axes.plot(steps, rewards, color=color, linewidth=0.9, alpha=0.35)
     axes.plot(steps, average, color=color)

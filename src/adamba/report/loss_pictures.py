@@ -65,7 +65,8 @@ def loss_per_phase(family: Family, theme: Theme) -> Figure | None:
 def loss_per_source(family: Family, theme: Theme) -> Figure | None:
     """Training loss of every task and dataset of the mix, joined along tokens."""
     stretches, surgeries = timeline(family)
-    sources = sorted({source for stretch in stretches for source in log_sources(stretch.phase)})
+    sources = sorted({source for stretch in stretches for source in log_sources(stretch.phase)
+                      if log_curve(stretch.phase, f"loss_{source}")})  # fmt: skip
     if not sources:
         return None
     figure = Figure(figsize=(10, 4.6))
@@ -96,7 +97,7 @@ def _line(axes: Axes, curve: list[tuple[float, float]], begin: float, color: obj
 def _joined_axes(axes: Axes, stretches: list[Stretch], surgeries: dict[float, str], theme: Theme) -> None:
     """Phases as bands with their names on top, surgeries as dashed lines, loss on a logarithmic scale."""
     axes.set_yscale("log")
-    total = stretches[-1].end
+    total = stretches[-1].end or 1.0
     for index, stretch in enumerate(stretches):
         if index % 2:
             axes.axvspan(stretch.begin, stretch.end, color=theme.band, linewidth=0, zorder=0)

@@ -1,7 +1,7 @@
 """Numbers the report derives from the metrics. Pure functions of `Phase` and `Family`; rates are fractions, 0 to 1."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .reading import SURGERIES, Family, Phase
@@ -203,10 +203,11 @@ def _agent_tiles(family: Family) -> list[Tile]:
         tiles.append(Tile("Calculator", percent(value), note, value >= 0.98))
     key = "loss_rate_tic_tac_toe_perfect"
     if played := [phase for phase in phases if phase.number(key) is not None]:
-        before, *variants = played  # ways of phase 6, each beside the agent that it began with
-        for after in variants or [before]:
+        # Ways of phase 6, each beside the agent that it began with, where that was measured too.
+        before = next((phase for phase in played if phase.name == "phase5"), None)
+        for after in [phase for phase in played if phase is not before] or played:
             rate, note, met = after.number(key), f"of games lost to the perfect opponent after {after.label}", None
-            if after is not before:
+            if before is not None and after is not before:
                 note += f", {before.label}: {percent(before.number(key))}, goal: lower"
                 met = rate < before.number(key)  # type: ignore[operator]
             tiles.append(Tile("Tic-tac-toe", percent(rate), note, met))
@@ -253,14 +254,20 @@ def log_curve(phase: Phase, key: str) -> list[tuple[float, float]]:
     entries = [entry for entry in phase.log if _is_number(entry.get(key))]
     if not entries:
         return []
-    token_key = next((k for k in ("tokens_seen", "num_input_tokens_seen") if all(k in e for e in entries)), None)
+    token_key = next((k for k in ("tokens_seen", "num_input_tokens_seen") if _all_have(entries, k)), None)
     if token_key:
         return [(float(entry[token_key]), float(entry[key])) for entry in entries]
-    if not all(_is_number(entry.get("step")) for entry in entries):
+    if not _all_have(entries, "step"):
         return []
     last_step = max(float(entry["step"]) for entry in phase.log if _is_number(entry.get("step"))) or 1.0
     scale = (phase.number("tokens_seen") or last_step) / last_step
     return [(float(entry["step"]) * scale, float(entry[key])) for entry in entries]
+
+
+def step_curve(phase: Phase, key: str) -> list[tuple[float, float]]:
+    """(optimizer step, value) of a logged quantity, in order."""
+    entries = [entry for entry in phase.log if _is_number(entry.get(key)) and _is_number(entry.get("step"))]
+    return [(float(entry["step"]), float(entry[key])) for entry in entries]
 
 
 def width_curves(phase: Phase) -> dict[int, list[tuple[float, float]]]:
@@ -331,6 +338,10 @@ def short_power(value: float) -> str:
     """`1e−4` for 0.0001."""
     mantissa, exponent = f"{value:.0e}".split("e")
     return f"{mantissa}e{int(exponent)}".replace("-", "−")
+
+
+def _all_have(entries: Sequence[Mapping[str, object]], key: str) -> bool:
+    return all(_is_number(entry.get(key)) for entry in entries)
 
 
 def _is_number(value: object) -> bool:

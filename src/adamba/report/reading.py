@@ -6,6 +6,8 @@ Nothing is invented: an absent file leaves its part empty, an unreadable one is 
 import json
 import math
 import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +34,8 @@ PHASES: dict[str, str] = {
 }
 SURGERIES = ("phase0", "phase3a", "phase4a")
 NOT_RUNS = ("eval", "report")  # recipes that measure runs rather than make one
+EVALUATION = "eval"
+AGENT_EVALUATION = "eval_agents"  # phases 5 and 6 also play the tasks
 
 Status = Literal["complete", "unmeasured", "missing"]
 
@@ -103,11 +107,15 @@ class Phase:
 
     @property
     def evaluation_command(self) -> str:
-        """The command that measures this run; empty when its family has no eval.yaml."""
+        """The command that measures this run; empty when its family has no recipe for that."""
         recipe = self.recipe or Path(str(self.run.get("recipe_file") or ""))
-        evaluation = recipe.with_name("eval.yaml") if recipe.name else recipe
-        known = evaluation.name and evaluation.is_file()
-        return f"python src/run_eval.py {evaluation} --model_name_or_path {self.folder}" if known else ""
+        recipes = {path.stem: path for path in recipe.parent.glob("*.yaml")} if recipe.name else {}
+        evaluation = evaluation_recipe(recipes, recipe.stem)
+        if evaluation is None:
+            return ""
+        first = evaluation.read_text(encoding="utf-8").partition("\n")[0].split()
+        script = next((word for word in first if word.endswith(".py")), "src/run_eval.py")
+        return f"python {script} {evaluation} --model_name_or_path {self.folder}"
 
     @property
     def commit(self) -> str:
@@ -150,11 +158,19 @@ class Family:
         return [phase for phase in self.phases if phase.status != "complete"]
 
 
+def evaluation_recipe(recipes: Mapping[str, Path], name: str) -> Path | None:
+    """The recipe that measures a run: its own, or that of its family; agents are played, where the family says how."""
+    plays = name.startswith(("phase5", "phase6"))
+    choices = [f"{name}_{EVALUATION}", *([AGENT_EVALUATION] if plays else []), EVALUATION]
+    return next((recipes[choice] for choice in choices if choice in recipes), None)
+
+
 def read_family(source: str | Path, checkpoints_dir: str | Path | None = None) -> Family:
     """Read a family from its recipes folder (`recipes/tiny`) or from its checkpoints folder (`checkpoints/tiny`).
 
-    A recipes folder says which phases there should be and where each writes (`output_dir`); with a checkpoints folder
-    the plan's phases and whatever else lies there are reported. `checkpoints_dir` overrides where the runs are.
+    A recipes folder says which phases there should be and where each writes (`output_dir`, whose name is the run's;
+    where several have the same, the recipe's name); with a checkpoints folder the plan's phases and whatever else lies
+    there are reported. `checkpoints_dir` overrides where the runs are.
     """
     source = Path(source)
     if not source.is_dir():
@@ -162,11 +178,14 @@ def read_family(source: str | Path, checkpoints_dir: str | Path | None = None) -
     recipes = sorted(source.glob("*.yaml"))
     folders: dict[str, tuple[Path, Path | None]] = {}
     if recipes:
-        for recipe in recipes:
-            output_dir = _recipe_output_dir(recipe)
-            if output_dir is not None and recipe.stem not in NOT_RUNS:
-                folder = Path(checkpoints_dir) / output_dir.name if checkpoints_dir else output_dir
-                folders[folder.name] = (folder, recipe)
+        written = {_recipe_output_dir(recipe): recipe for recipe in recipes if recipe.stem not in NOT_RUNS}
+        runs = {output_dir: recipe for output_dir, recipe in written.items() if output_dir is not None}
+        count = Counter(output_dir.name for output_dir in runs)
+        for output_dir, recipe in runs.items():
+            if checkpoints_dir and count[output_dir.name] > 1:
+                raise UserError(f"checkpoints_dir: several recipes of {source} write a folder {output_dir.name}")
+            folder = Path(checkpoints_dir) / output_dir.name if checkpoints_dir else output_dir
+            folders[folder.name if count[folder.name] == 1 else recipe.stem] = (folder, recipe)
         parents = {folder.parent.name for folder, _ in folders.values()}
         name = parents.pop() if len(parents) == 1 and parents != {"checkpoints"} else source.name
     else:
