@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adamba.errors import UserError
-from adamba.flops import flops_per_token, forward_flops_per_token, layer_flops
+from adamba.flops import flops_per_token, head_flops, layer_flops
 from adamba.model import AdambaForCausalLM
 from adamba.tasks import TASKS
 from adamba.training.head_losses import IGNORED, head_losses, next_token_losses, run_to_head
@@ -76,7 +76,9 @@ def observe_exits(
     return ExitObservations(layers, torch.cat(confidence), torch.cat(agrees), torch.cat(losses))
 
 
-def exit_metrics(model: AdambaForCausalLM, seen: ExitObservations, thresholds: Sequence[float]) -> dict[str, float]:
+def exit_metrics(
+    model: AdambaForCausalLM, seen: ExitObservations, thresholds: Sequence[float], context_length: int
+) -> dict[str, float]:
     """
     For each threshold: the share of layer computations skipped, agreement with full depth, loss and FLOPs a token; and
     the calibration of the gates (expected calibration error, 10 bins of equal width; Guo et al., 2017).
@@ -84,9 +86,8 @@ def exit_metrics(model: AdambaForCausalLM, seen: ExitObservations, thresholds: S
     num_layers = model.config.num_hidden_layers
     metrics: dict[str, float] = {}
     exits = [*seen.gate_layers, num_layers - 1]
-    each_layer = layer_flops(model.config)
+    each_layer = layer_flops(model.config, context_length=context_length)
     flops = torch.tensor([float(sum(each_layer[: layer + 1])) for layer in exits])
-    head = forward_flops_per_token(model.config) - sum(each_layer)
     for threshold in thresholds:
         sure = torch.cat((seen.confidence > threshold, torch.ones(len(seen.confidence), 1, dtype=torch.bool)), dim=1)
         taken = sure.int().argmax(1)
@@ -96,7 +97,7 @@ def exit_metrics(model: AdambaForCausalLM, seen: ExitObservations, thresholds: S
         metrics[f"exit_fraction_{name}"] = ((num_layers - 1 - stops).float() / num_layers).mean().item()
         metrics[f"agreement_{name}"] = agrees.gather(1, taken[:, None]).float().mean().item()
         metrics[f"eval_loss_{name}"] = seen.losses.gather(1, taken[:, None]).mean().item()
-        metrics[f"flops_per_token_{name}"] = flops[taken].mean().item() + head
+        metrics[f"flops_per_token_{name}"] = flops[taken].mean().item() + head_flops(model.config)
     metrics |= reliability(seen.confidence.flatten(), seen.agrees.flatten())
     for index, layer in enumerate(seen.gate_layers):
         metrics[f"gate_ece_layer_{layer}"] = reliability(seen.confidence[:, index], seen.agrees[:, index])["gate_ece"]
@@ -122,7 +123,7 @@ def reliability(confidence: torch.Tensor, agrees: torch.Tensor) -> dict[str, flo
 
 
 def check_tasks(key: str, num_episodes: Mapping[str, int]) -> None:
-    """Refuse what is no task, and a single game of tic-tac-toe.
+    """Refuse what is no task, and an odd number of games of tic-tac-toe: one alone would be none.
 
     Raises:
         UserError: naming the recipe's key and what would work.
@@ -130,8 +131,8 @@ def check_tasks(key: str, num_episodes: Mapping[str, int]) -> None:
     for name, count in num_episodes.items():
         if name not in TASKS:
             raise UserError(f"{key}: {name!r} is no task; use {', '.join(TASKS)}")
-        if name == "tic_tac_toe" and count == 1:
-            raise UserError(f"{key}: tic_tac_toe: half of 1 game on each side is none; use 2 or more")
+        if name == "tic_tac_toe" and count % 2:
+            raise UserError(f"{key}: {name}={count} must be even, half of the games are played on each side")
 
 
 def tell_not_played(mix: Iterable[str], num_episodes: Mapping[str, int]) -> None:
@@ -205,7 +206,7 @@ def elastic_metrics(model, tokenizer, rows, args: Any, sweep: GameSettings) -> d
                 metrics[f"{key}_width_{width}"] = value
     if not model.config.gate_layers:
         return metrics
-    metrics |= exit_metrics(model, observe_exits(model, rows, args.batch_size), args.exit_thresholds)
+    metrics |= exit_metrics(model, observe_exits(model, rows, args.batch_size), args.exit_thresholds, args.max_length)
     for threshold in args.sweep_thresholds if sweep.num_episodes else ():
         for key, value in play_tasks(model, tokenizer, sweep, exit_threshold=threshold).items():
             metrics[f"{key}_threshold_{threshold:g}"] = value
