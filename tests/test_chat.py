@@ -221,6 +221,19 @@ def test_an_interrupted_answer_is_kept_and_the_talk_goes_on(tokenizer: PreTraine
     assert session.answer("Calculate 5 + 3?", Record()).text == '5 + 3 # Answer: "8.0"'
 
 
+def test_a_tool_that_is_interrupted_ends_the_answer_and_not_the_chat(tokenizer: PreTrainedTokenizerFast) -> None:
+    class Hanging(CALCULATOR):
+        def calculator(self, expression: str) -> str:
+            raise KeyboardInterrupt
+
+    session = ChatSession(Scripted(tokenizer, calculate), tokenizer, ChatOptions(), CALCULATOR)
+    view = Record()
+    answer = session.answer("Calculate 5 + 3?", view, Hanging())
+    assert answer.interrupted and view.events[-1] == ("result", "error: stopped by the user")
+    assert session.answer("Calculate 5 + 3?", Record()).text == '5 + 3 # Answer: "8.0"'
+    assert "stopped by the user" in tokenizer.decode(session.ids), "each call has its result"
+
+
 def test_a_full_context_is_an_error_that_changes_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
     session = ChatSession(Scripted(tokenizer, calculate, limit=130), tokenizer, ChatOptions(), CALCULATOR)
     session.answer("Hello", Record())

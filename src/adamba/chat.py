@@ -24,6 +24,7 @@ from adamba.training.play import ToolResultIds
 
 MAX_TURNS = 12  # of the model in one answer: enough for the longest game, and a stop for a loop of calls
 UNCALIBRATED_THRESHOLD = 0.95  # of a checkpoint that says nothing of its own
+STOPPED = "error: stopped by the user"  # result of a tool
 MIN_ROOM = 8  # tokens; with less left of the context there is no answer
 
 
@@ -242,7 +243,9 @@ class ChatSession:
                 calls = self._turn(answer, view)
                 if not calls or answer.interrupted:
                     break
-                self._run_tools(calls, environment, view)
+                self._run_tools(calls, environment, view, answer)
+                if answer.interrupted:
+                    break
         except UserError:
             self.ids = self.ids[:start]
             raise
@@ -306,11 +309,17 @@ class ChatSession:
         answer.num_drafted += trace.num_drafted
         answer.num_accepted += trace.num_accepted
 
-    def _run_tools(self, calls: list[ToolCall], environment: Any, view: View) -> None:
+    def _run_tools(self, calls: list[ToolCall], environment: Any, view: View, answer: Answer) -> None:
+        """Each call gets a result; when the user stops one, it and those after it say so."""
         results = []
         for call in calls:
             view.call(call)
-            result, _ = run_tool_call(call, tool_methods(environment))
+            result = STOPPED
+            try:
+                if not answer.interrupted:
+                    result, _ = run_tool_call(call, tool_methods(environment))
+            except KeyboardInterrupt:
+                answer.interrupted = True
             view.result(call, result)
             results.append({"role": "tool", "name": call.name, "content": result})
         self.ids = self.ids + self.result_ids(results)
