@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 
 from adamba.errors import UserError
+from adamba.flops import adapter_flops_per_token, flops_per_token
 from adamba.training import session
 from adamba.training.checkpoints import seal
-from adamba.training.lora import LoraArguments, peft_config
+from adamba.training.lora import LoraArguments, merge_adapters, peft_config
 from adamba.training.session import tell_missing_kernels, train
 from models import hybrid
 
@@ -129,3 +130,18 @@ def test_a_gpu_without_kernels_is_told_in_one_line(device, loaded, told, monkeyp
         tell_missing_kernels(SimpleNamespace(args=args, model=hybrid(0)))
     lines = [record.message for record in caplog.records]
     assert bool(lines) is told and all(line.startswith("mamba_ssm and causal_conv1d: not installed") for line in lines)
+
+
+def test_adapters_are_what_learned_after_they_are_merged_too() -> None:
+    model = hybrid(0)
+    adapted = get_peft_model(model, peft_config(LoraArguments(use_peft=True, lora_r=4)))
+    learned = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    plain = SimpleNamespace(unwrap_model=lambda found: found)
+    trainer = SimpleNamespace(model=adapted, args=SimpleNamespace(world_size=1, beta=0.1), accelerator=plain)
+    merge_adapters(trainer)
+    measured = session.measures(trainer, 1.0, 100, 16)
+    assert measured["num_trainable_parameters"] == learned < measured["num_parameters"] == model.num_parameters()
+    assert measured["train_flops"] == pytest.approx(100 * adapter_flops_per_token(model.config, 16))
+    trainer.ref_model = None  # GRPO and DPO ask the model without its adapters
+    asked = session.measures(trainer, 1.0, 100, 16)["train_flops"] - measured["train_flops"]
+    assert asked == pytest.approx(100 * flops_per_token(model.config, None, 16))

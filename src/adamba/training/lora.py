@@ -17,6 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from adamba.errors import UserError
 from adamba.model import AdambaForCausalLM
 from adamba.model.layers_adamba import ElasticLinear
+from adamba.training.sharding import count_weights
 
 DORA_IS_WHOLE = "use_dora: DoRA and the like scale whole rows of a weight and cannot be sliced to a width"
 
@@ -113,9 +114,13 @@ class ElasticLoraLinear(LoraLinear):
 
 
 def merge_adapters(trainer: Trainer) -> None:
-    """Fold the adapters into the weights, so that what is published is a plain checkpoint of the same architecture."""
+    """
+    Fold the adapters into the weights, so that what is published is a plain checkpoint of the same architecture; how
+    many weights learned stays in `trainer.num_adapter_weights`.
+    """
     if not isinstance(trainer.model, PeftModel):
         return
+    trainer.num_adapter_weights = count_weights(trainer.model, only_trainable=True)
     if is_deepspeed_zero3_enabled():
         from deepspeed.runtime.zero import GatheredParameters
 

@@ -3,6 +3,7 @@
 import logging
 import math
 import resource
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -18,10 +19,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from adamba.disk import check_output_dir
 from adamba.errors import UserError
 from adamba.fingerprint import run_fingerprint
-from adamba.flops import elastic_flops_per_token, training_flops_per_token
+from adamba.flops import (
+    adapter_flops_per_token,
+    elastic_flops_per_token,
+    flops_per_token,
+    training_flops_per_token,
+)
 from adamba.gpus import rated_flops_per_second
 from adamba.hub import hub_target, push_run
-from adamba.model import AdambaForCausalLM
+from adamba.model import AdambaConfig, AdambaForCausalLM
 from adamba.model.kernels_adamba import loads
 from adamba.output_folder import check_output_folder
 from adamba.publish import publish, trainer_dir
@@ -230,7 +236,7 @@ def measures(trainer: Trainer, seconds: float, tokens_seen: int, context_length:
     rated = rated_flops_per_second() * trainer.args.world_size
     return {
         "num_parameters": count_weights(model),
-        "num_trainable_parameters": count_weights(model, only_trainable=True),
+        "num_trainable_parameters": num_adapter_weights(trainer) or count_weights(model, only_trainable=True),
         "hidden_size": model.config.hidden_size,
         "tokens_seen": tokens_seen,
         "tokens_per_second": tokens_seen / max(seconds, 1e-9),
@@ -245,14 +251,27 @@ def training_flops(trainer: Trainer, config: Any, context_length: int) -> float:
     """Forward and backward FLOPs a token of what this trainer's recipe asks for (`adamba.flops`)."""
     elastic = getattr(trainer, "elastic_args", None)
     if elastic is None or not elastic.elastic:
-        return training_flops_per_token(config, context_length, getattr(trainer.args, "train_only", "all"))
+        asks_reference = hasattr(trainer, "ref_model") and bool(getattr(trainer.args, "beta", 0.0))
+        reference = flops_per_token(config, None, context_length) if asks_reference else 0.0
+        if num_adapter_weights(trainer) and isinstance(config, AdambaConfig):
+            return adapter_flops_per_token(config, context_length) + reference
+        train_only = getattr(trainer.args, "train_only", "all")
+        return training_flops_per_token(config, context_length, train_only) + reference
     options = (elastic.width_weights, elastic.num_sampled_widths, elastic.distill, elastic.num_sampled_exits)
     return elastic_flops_per_token(config, context_length, *options)
 
 
+def num_adapter_weights(trainer: Trainer) -> int:
+    """How many weights of LoRA adapters learned, merged by now or not; 0 without."""
+    if isinstance(trainer.model, PeftModel):
+        return count_weights(trainer.model, only_trainable=True)
+    return getattr(trainer, "num_adapter_weights", 0)
+
+
 def peak_memory_bytes() -> int:
     """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def finish(
