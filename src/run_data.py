@@ -63,7 +63,11 @@ def parse_arguments() -> argparse.Namespace:
         )
         command.add_argument("--on-bad-file", "--on_bad_file", choices=("stop", "skip"), default="stop")
         command.add_argument("--cards-dir", "--cards_dir", default="data_cards")
-    return parser.parse_args()
+    options = parser.parse_args()
+    counts = (getattr(options, key, None) for key in ("num_rows", "max_files"))
+    if any(count is not None and count < 1 for count in counts):
+        raise UserError("command line: -n and --max-files must be 1 or more")
+    return options
 
 
 def data_arguments(options: argparse.Namespace) -> DataArguments:
@@ -75,7 +79,7 @@ def data_arguments(options: argparse.Namespace) -> DataArguments:
         if isinstance(values["mix"], str):
             values["mix"] = parse_mix(values["mix"])
     pairs = [item.partition("=") for item in options.data_files.split(",") if item]
-    values["data_files"] = values.get("data_files", {}) | {name: path for name, _, path in pairs}
+    values["data_files"] = (values.get("data_files") or {}) | {name: path for name, _, path in pairs}
     if options.on_bad_file == "skip":
         values["on_bad_file"] = "skip"
     return DataArguments(**values)

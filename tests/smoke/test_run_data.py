@@ -55,6 +55,13 @@ def test_show_what_needs_no_files(run, source):
     assert f"{source} test row 1:" in run("show", source, "-n", 1, "--split", "test")
 
 
+def test_numbers_that_count_nothing_and_an_empty_key_are_no_traceback(run, capsys, tmp_path):
+    for words in (("show", "calculator", "-n", -1), ("download", "fineweb", "--max-files", 0)):
+        assert refused(run, capsys, *words) == "error: command line: -n and --max-files must be 1 or more"
+    (tmp_path / "recipe.yaml").write_text("mix: {calculator: 1.0}\ndata_files: null\n")
+    assert "calculator: 5 rows" in run("stats", "recipe.yaml", "-n", 5)
+
+
 def test_the_keys_that_errors_and_recipes_name_are_options_too(run):
     assert "Say hi" in run("show", "rollouts", "-n", 1, "--data_files", f"rollouts={ROWS / 'preference.jsonl'}")
 
