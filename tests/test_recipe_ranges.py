@@ -55,7 +55,7 @@ def dataclasses_of(script: str) -> list[type]:
         (
             "run_eval",
             "--mix a=1 --num_episodes tic_tac_toe=1",
-            "num_episodes: tic_tac_toe: half of 1 game on each side",
+            "num_episodes: tic_tac_toe=1 must be even",
         ),
         ("run_eval", "--num_episodes calculator=-2", "num_episodes: calculator: -2 must be 0 or more"),
         ("run_eval", "--max_new_tokens 0", "max_new_tokens: 0 must be 1 or more"),
