@@ -59,7 +59,7 @@ def main() -> None:
     setup_logging()
     started = time.monotonic()
     folder = Path(model_args.model_name_or_path or "")
-    model, tokenizer = load_model_and_tokenizer(model_args)
+    model, tokenizer = load_model_and_tokenizer(model_args, base_alone=True)
     model = load_roles(model, folder)
     task, settings, roles, ways = ways_to_play(folder, isinstance(model, PeftModel))
     for name in args.task_settings:

@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from adamba.data.render import chat_ids
 from adamba.errors import UserError
+from adamba.loading import role_folders
 from adamba.model import AdambaForCausalLM
 from adamba.model.decoding_adamba import EXIT_MODES
 from adamba.plan_steps import PHASES, family_steps
@@ -326,7 +327,7 @@ class ChatSession:
 
 
 def furthest_checkpoint(source: str | Path) -> Path:
-    """The checkpoint to talk to: `source` itself, or the furthest finished phase of a folder of recipes or runs.
+    """The checkpoint to talk to: `source`, or of a folder of recipes or runs the furthest phase that is no team.
 
     Raises:
         UserError: there is none.
@@ -340,7 +341,7 @@ def furthest_checkpoint(source: str | Path) -> Path:
         folders = [step.checkpoint for step in family_steps(source) if not step.evaluation]
     else:
         folders = [source / phase for phase in PHASES]
-    finished = [folder for folder in folders if (folder / "run.json").is_file()]
+    finished = [folder for folder in folders if (folder / "run.json").is_file() and not role_folders(folder)]
     if not finished:
         raise UserError(f"{source}: no finished phase to talk to in {folders[0].parent}; run `make demo` first")
     return finished[-1]

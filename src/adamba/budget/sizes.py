@@ -64,6 +64,8 @@ def base_config(name: str) -> Any:
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
+        if name.count("/") > 1:
+            raise UserError(f"model_name_or_path: there is no {file} here, which another family's recipe makes")
         if not isinstance(cached, str):
             known = ", ".join(KNOWN_BASES)
             raise UserError(

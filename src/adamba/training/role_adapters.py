@@ -8,9 +8,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from adamba.loading import ADAPTERS, role_folders
 from adamba.training.lora import load_adapter
-
-ADAPTERS = "adapters"  # folder of a published checkpoint, one folder a role in it
 
 
 def add_role_adapters(model: PreTrainedModel, config: PeftConfig, roles: Sequence[str]) -> PeftModel:
@@ -49,7 +48,7 @@ def save_roles(model: PeftModel, folder: Path) -> None:
 
 def load_roles(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel | PeftModel:
     """The model with the adapters published beside it; unchanged where there are none."""
-    folders = sorted(path.parent for path in (Path(folder) / ADAPTERS).glob("*/adapter_config.json"))
+    folders = role_folders(folder)
     if not folders:
         return model
     first, *others = folders
