@@ -16,7 +16,13 @@ class Verdict(nn.Linear):
 
     @property
     def is_trained(self) -> bool:
-        return bool(self.weight.any())
+        hook = getattr(self, "_hf_hook", None)  # accelerate's, where the weight is offloaded between calls
+        if hook is not None:
+            hook.pre_forward(self)
+        trained = bool(self.weight.any())
+        if hook is not None:
+            hook.post_forward(self, ())
+        return trained
 
 
 class ExitGate(nn.Module):

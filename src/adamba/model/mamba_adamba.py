@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import softplus
 from transformers.cache_utils import Cache
+from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mamba2.modeling_mamba2 import (
     causal_conv1d_fn,
@@ -62,6 +63,7 @@ class Mamba2Mixer(nn.Module):
         """A of each head, below zero; of a model in halves in fp32, as its kernels expect."""
         return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
 
+    @force_accelerate_hooks(["conv1d", "norm"])  # their weights are read without calling them
     def forward(
         self,
         x_BLD: torch.Tensor,

@@ -65,7 +65,9 @@ class SingleRow:
         stop = 0 if self.rope_table is None else self.rope_start + self.rope_table[0].shape[2]
         if self.rope_table is None or not self.rope_start <= first or last > stop or not self.rope_ahead:
             positions = torch.arange(first, last + self.rope_ahead, device=self.input_ids.device)[None]
-            cos, sin = self.decoder.rotary_emb(self.decoder.embed_tokens.weight, positions)
+            # The embedding itself would do but where accelerate offloads it.
+            like = torch.empty(0, dtype=self.decoder.embed_tokens.weight.dtype, device=positions.device)
+            cos, sin = self.decoder.rotary_emb(like, positions)
             self.rope_start, self.rope_table = first, rotations(cos, sin, self.config.rope_sign)
         first, last = first - self.rope_start, last - self.rope_start
         return self.rope_table[0][:, :, first:last], self.rope_table[1][:, :, first:last]
