@@ -245,7 +245,12 @@ def _new_model(args: ModelArguments, vocab_size: int | None) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError, KeyError, ArithmeticError, StrictDataclassError) as error:
         raise UserError(f"model_config: {one_line(error)}") from error
-    return model.to(getattr(torch, args.dtype))
+    # Rotary tables are in no checkpoint and stay fp32, as loading makes them: in bfloat16 far places would move.
+    tables = [(part, key, part._buffers[key]) for part in model.modules() for key in part._non_persistent_buffers_set]
+    model.to(getattr(torch, args.dtype))
+    for part, key, table in tables:
+        part._buffers[key] = table
+    return model
 
 
 def check_config_keys(key: str, config_class: type[PreTrainedConfig], given: Iterable[str]) -> None:

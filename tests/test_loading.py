@@ -1,0 +1,23 @@
+"""Models of a run: what is trained is what its checkpoint loads as."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from adamba.loading import ModelArguments, load_checkpoint, load_model
+from models import shake, tokens
+
+LLAMA = {"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"depth": 2}, {"model_config": LLAMA | {"hidden_size": 64}}], ids=["hybrid", "llama"]
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_new_model_computes_what_its_checkpoint_does(sizes: dict, dtype: str, tmp_path: Path) -> None:
+    model = shake(load_model(ModelArguments(**sizes, dtype=dtype), vocab_size=97), seed=0)
+    assert {weight.dtype for weight in model.parameters()} == {getattr(torch, dtype)}
+    model.save_pretrained(tmp_path)
+    ids = tokens(0, batch=1, length=900)  # far places: angles are rounded relative to their size
+    assert torch.equal(load_checkpoint(str(tmp_path), dtype).eval()(ids).logits, model(ids).logits)
