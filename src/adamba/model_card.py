@@ -61,7 +61,7 @@ def model_card(folder: Path, name: str, revision: str | None = None) -> str:
         *(["\n".join(inputs)] if inputs else []),
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({where}, trust_remote_code=True)\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({where})\n```",
+        f"tokenizer = AutoTokenizer.from_pretrained({where}, trust_remote_code=True)\n```",
         *(["## Measured", "\n".join(["| what | value |", "|---|---|", *table])] if table else []),
         "All figures are in `metrics.json`.",
         *[f"![{Path(picture).stem}]({picture})" for picture in pictures],
