@@ -27,7 +27,8 @@ CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
         (
             {"LOCAL_WORLD_SIZE": "8"},
             0,
-            "8 processes on this machine, which has 0 GPUs; use accelerate_configs/cpu.yaml",
+            "8 processes on this machine, which has 0 GPUs; use accelerate_configs/cpu.yaml, or ddp_cpu.yaml with "
+            "--use_cpu true",
         ),
         ({"LOCAL_WORLD_SIZE": "8"}, 4, "8 processes on this machine, which has 4 GPUs; use --num_processes 4"),
         ({"ACCELERATE_USE_FSDP": "true"}, 0, "1 processes on this machine, which has 0 GPUs"),

@@ -36,7 +36,8 @@ def check_launch(
 
         num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if local_processes > num_gpus:
-        works = f"--num_processes {num_gpus}" if num_gpus else "accelerate_configs/cpu.yaml or ddp_cpu.yaml"
+        on_cpu = "accelerate_configs/cpu.yaml, or ddp_cpu.yaml with --use_cpu true"
+        works = f"--num_processes {num_gpus}" if num_gpus else on_cpu
         raise UserError(
             f"accelerate config: {local_processes} processes on this machine, which has {num_gpus} GPUs; use {works}"
         )
