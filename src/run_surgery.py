@@ -14,6 +14,7 @@ from adamba.kept_help import print_kept_help
 if __name__ == "__main__":
     print_kept_help()  # before the imports below, which take seconds
 
+import os
 import shutil
 import time
 from contextlib import suppress
@@ -45,6 +46,8 @@ def main() -> None:
     model_args, data_args, hub_args, args, recipe = parse(
         ModelArguments, DataArguments, HubArguments, SurgeryArguments
     )
+    if os.environ.get("RANK", "0") != "0":
+        return  # launched as training is: the first process does it alone
     setup_logging()
     check_output_folder(args.output_dir, recipe.values)
     target = hub_target(hub_args, args.output_dir)

@@ -1,5 +1,6 @@
 """What `run_surgery.py` can do to a model: its keys, the surgery that they ask for, and the comparison at its end."""
 
+import copy
 import itertools
 import logging
 from dataclasses import dataclass, field
@@ -88,9 +89,7 @@ def sort(model: PreTrainedModel, rows: torch.Tensor) -> AdambaForCausalLM:
     """A sorted copy."""
     if not isinstance(model, AdambaForCausalLM):
         raise UserError(f"operation: sort needs a hybrid, but this is a {type(model).__name__}")
-    changed = AdambaForCausalLM(model.config).to(model.dtype)
-    changed.load_state_dict(model.state_dict())
-    return sort_by_importance(changed.eval(), rows.split(8))
+    return sort_by_importance(copy.deepcopy(model), rows.split(8))
 
 
 class AtWidth:
@@ -116,6 +115,11 @@ def at_once(before: PreTrainedModel, config: AdambaConfig, args: SurgeryArgument
     return Together(num_widths if num_widths * 4 * (logits + states) <= BYTES_AT_ONCE else 1)
 
 
+def in_fp32(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, or a copy if it is in halves."""
+    return copy.deepcopy(model).float() if model.dtype in (torch.float16, torch.bfloat16) else model
+
+
 def verify(
     before,
     after,
@@ -125,11 +129,13 @@ def verify(
     together: Together | None = None,
 ) -> dict[str, float]:
     """
-    Metrics of the comparison, logged; a difference beyond the tolerance raises `SurgeryError`.
+    Metrics of the comparison, logged; a difference beyond the tolerance raises `SurgeryError`. Halves are compared in
+    fp32: another order of channels or another block of a matrix product rounds them otherwise.
 
     Args:
         together: with which `attach` was called, for models without weights.
     """
+    before, after = (in_fp32(model) for model in (before, after))
     reference: Any = before
     if args.operation == "slice":
         reference = AtWidth(before, after.config.attention_widths)

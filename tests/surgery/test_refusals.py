@@ -64,6 +64,17 @@ def test_a_sliced_checkpoint_is_neither_expanded_nor_sorted() -> None:
         slice_width(sliced, sliced.config.hidden_size)
 
 
+def test_a_slice_forgets_a_width_that_was_chosen_for_the_whole() -> None:
+    model = hybrid(0)
+    for chosen, kept in ((model.config.hidden_size, None), ("think", None), ("auto", "auto"), (None, None)):
+        model.generation_config.width = chosen
+        sliced = slice_width(model, "ghost")
+        assert sliced.generation_config.width == kept and model.generation_config.width == chosen
+        expected = model.generate(tokens(0, length=5), width="ghost", max_new_tokens=3, do_sample=False)
+        if chosen != "auto":
+            assert torch.equal(sliced.generate(tokens(0, length=5), max_new_tokens=3, do_sample=False), expected)
+
+
 def test_sorting_needs_a_batch() -> None:
     with pytest.raises(ValueError, match="sort_by_importance: no calibration batch was given"):
         sort_by_importance(hybrid(0), [])

@@ -89,6 +89,17 @@ def test_the_first_wrong_layer_is_named(tmp_path: Path) -> None:
         check(compare(model, wide, tokens(1), [None], layers))
 
 
+def test_a_head_is_the_embedding_only_where_they_are_tied(tmp_path: Path) -> None:
+    model = dense_base("llama", tie_word_embeddings=True)
+    assert empty_model(model.config).num_parameters() == model.num_parameters()
+    model.save_pretrained(tmp_path)
+    Weights(tmp_path, torch.float32).check(empty_from_folder(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(ValueError, match=r"1 missing weights, first lm_head\.weight"):
+        Weights(tmp_path, torch.float32).check(empty_from_folder(tmp_path))
+
+
 def test_what_cannot_be_read_is_named_before_anything_is_written(tmp_path: Path) -> None:
     model = hybrid(0)
     with pytest.raises(ValueError, match="no safetensors in it"):

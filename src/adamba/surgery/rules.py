@@ -38,7 +38,9 @@ class Surgery:
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A model without weights (they are on the meta device); what is in no checkpoint, rotary tables, is real."""
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()  # which the context parted
+    return model
 
 
 @torch.no_grad()
@@ -57,10 +59,16 @@ def apply(surgery: Surgery, model: PreTrainedModel) -> AdambaForCausalLM:
 
 
 def carry_generation_config(old: PreTrainedModel, new: PreTrainedModel) -> None:
-    """Copy the generation config. Marked as derived, a saved one would lose `width` and the like when it is loaded."""
+    """
+    Copy the generation config. Marked as derived, a saved one would lose `width` and the like when it is loaded. A
+    slice loses a `width` that was chosen for the whole: it runs at its own, and may not have the other.
+    """
     if old.can_generate():
         new.generation_config = copy.deepcopy(old.generation_config)
         new.generation_config._from_model_config = False
+        chosen = getattr(new.generation_config, "width", None)
+        if chosen not in (None, "auto") and min(new.config.attention_widths) < new.config.hidden_size:
+            new.generation_config.width = None
 
 
 def seed_for(name: str, seed: int) -> int:

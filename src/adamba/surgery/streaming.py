@@ -99,8 +99,10 @@ class Weights(Mapping[str, torch.Tensor]):
             ValueError: naming the first tensor that is missing, unexpected, of another shape, or cut off.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        own = self.files.keys() | self.replaced.keys()
+        tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
         for problem, names in (
-            ("missing", [name for name in shapes if name not in self]),
+            ("missing", sorted(shapes.keys() - own - tied)),
             ("unexpected", [name for name in self if name not in shapes]),
         ):
             if names:
