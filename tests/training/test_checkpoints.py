@@ -6,11 +6,13 @@ import resource
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from adamba.errors import UserError
-from adamba.training.checkpoints import SEAL, differences, fault, last_checkpoint, seal, sign
+from adamba.training import checkpoints
+from adamba.training.checkpoints import SEAL, checkpoint_to_resume, differences, fault, last_checkpoint, seal, sign
 from adamba.training.session import train
 from models import hybrid
 
@@ -34,6 +36,17 @@ def test_only_whole_checkpoints_are_resumed_from(tmp_path: Path, caplog: pytest.
         seal(paths[step])
     assert last_checkpoint(tmp_path) == str(paths[10]), "numbers, not letters; and 100 was interrupted"
     assert "checkpoint-100 is passed over: interrupted while it was written" in caplog.text
+
+
+def test_machines_that_see_other_checkpoints_are_told_at_once(tmp_path: Path, monkeypatch) -> None:
+    seal(write_checkpoint(tmp_path, 4))
+    args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None, world_size=3)
+    trainer = SimpleNamespace(args=args, accelerator=SimpleNamespace(wait_for_everyone=lambda: None))
+    monkeypatch.setattr(checkpoints, "gather_object", lambda found: found * 3)
+    assert checkpoint_to_resume(trainer) == str(tmp_path / "checkpoint-4")
+    monkeypatch.setattr(checkpoints, "gather_object", lambda found: [*found, *found, "none"])
+    with pytest.raises(UserError, match="process 0 would resume from checkpoint-4, process 2 from none; all machines"):
+        checkpoint_to_resume(trainer)
 
 
 @pytest.mark.parametrize(

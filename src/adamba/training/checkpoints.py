@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
@@ -166,10 +167,25 @@ def checkpoint_to_resume(trainer: Trainer) -> str | None:
     else its own last whole one.
 
     Raises:
-        UserError: a checkpoint of another run, its differences listed; or one that is damaged.
+        UserError: a checkpoint of another run, its differences listed; one that is damaged; or one that some
+            processes do not see.
     """
-    own = Path(trainer.args.output_dir)
     trainer.accelerator.wait_for_everyone()  # the first process may still be signing the folder
+    found = _checkpoint_found(trainer)
+    if trainer.args.world_size > 1:
+        seen = gather_object([Path(found).name if found else "none"])
+        other = next((rank for rank, name in enumerate(seen) if name != seen[0]), None)
+        if other is not None:  # one would train from the start, and all wait for ever
+            raise UserError(
+                f"output_dir: {trainer.args.output_dir}: process 0 would resume from {seen[0]}, process {other} "
+                f"from {seen[other]}; all machines need the same folder of checkpoints (shared storage)"
+            )
+    return found
+
+
+def _checkpoint_found(trainer: Trainer) -> str | None:
+    """Where this process would go on."""
+    own = Path(trainer.args.output_dir)
     given = trainer.args.resume_from_checkpoint
     named = refuse_foreign(given, own)
     if named is None:
