@@ -92,6 +92,14 @@ def test_what_only_transformers_loop_can_do_is_its(monkeypatch: pytest.MonkeyPat
         assert len(output.scores) == 4
 
 
+@pytest.mark.parametrize("options", [{"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "low"}], ids=str)
+@pytest.mark.parametrize("mode", [{}, {"exit_threshold": 0.5}, {"exit_mode": "verify"}], ids=str)
+def test_another_way_of_decoding_is_never_dropped(options: dict, mode: dict) -> None:
+    model, prompt = hybrid(1), tokens(1, batch=1, length=6)
+    with pytest.raises(ValueError, match="trust_remote_code|is another way of decoding"):
+        model.generate(prompt, do_sample=False, max_new_tokens=4, **options, **mode)
+
+
 def test_embeddings_and_several_rows_are_its_too(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = count_plain(monkeypatch)
     model, prompt = hybrid(1), tokens(1, batch=1, length=6)

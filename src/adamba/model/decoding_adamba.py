@@ -23,7 +23,10 @@ EXIT_MODES = ("propagate", "verify")
 OPTIONS = ("width", "exit_threshold", "exit_mode", "exit_layer", "expand_threshold")
 # What only transformers' own loop can return or do.
 PER_STEP_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-OTHER_DECODERS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate")
+OTHER_DECODERS = (
+    *("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate"),
+    *("penalty_alpha", "dola_layers"),
+)
 OTHER_INPUTS = ("inputs_embeds", "position_ids", "synced_gpus")
 LAZY_ATTENTION = ("sdpa", "eager")  # their masks can be cut to the queries that are left
 
