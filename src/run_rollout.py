@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from adamba.data import log_mix
 from adamba.data.arguments import DataArguments
 from adamba.disk import check_output_dir
@@ -73,6 +75,7 @@ def main() -> None:
         settings=data_args.task_settings,
     )
     model, tokenizer = load_model_and_tokenizer(model_args)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     modes = {"width": args.width, "exit_threshold": args.exit_threshold}
     episodes = play(
         model,

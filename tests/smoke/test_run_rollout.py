@@ -46,6 +46,16 @@ def test_trajectories_are_written_with_labels(monkeypatch, checkpoint, tmp_path)
     assert (tmp_path / "b/trajectories.jsonl").read_text().splitlines() == lines
 
 
+def test_episodes_are_played_on_the_gpu_where_there_is_one(monkeypatch, checkpoint, tmp_path):
+    def moved(self, device):
+        raise RuntimeError(f"moved to {device}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(LlamaForCausalLM, "to", moved)
+    with pytest.raises(RuntimeError, match="moved to cuda"):
+        run(monkeypatch, checkpoint, tmp_path / "a", "--mix", "calculator=1.0")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
