@@ -86,3 +86,13 @@ def test_widths_and_exits_change_what_is_said(sliding: bool) -> None:
                 options = {"width": width_of(model, name), "exit_threshold": threshold, **GREEDY}
                 told.add((seed, tuple(model.generate(ids, attention_mask=mask, **options).flatten().tolist())))
     assert len(told) >= 8
+
+
+def test_a_tuple_is_given_where_one_is_asked_for() -> None:
+    model, ids = hybrid(0), tokens(0)
+    expected = model(ids, labels=ids, use_cache=False)
+    loss, logits, *_ = model(ids, labels=ids, use_cache=False, return_dict=False)
+    assert torch.equal(loss, expected.loss) and torch.equal(logits, expected.logits)
+    model.config.return_dict = False
+    assert isinstance(model(ids), tuple)
+    assert model.generate(ids, max_new_tokens=2).shape[1] == ids.shape[1] + 2

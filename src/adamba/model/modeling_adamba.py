@@ -345,9 +345,9 @@ class AdambaForCausalLM(AdaptiveGenerationMixin, AdambaPreTrainedModel, Generati
         output_hidden_states: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
-    ) -> AdambaCausalLMOutput:
+    ) -> AdambaCausalLMOutput | tuple:
         """See `AdambaModel.forward`; `labels` (B, L) are shifted here, -100 is ignored."""
-        kwargs.pop("return_dict", None)
+        return_dict = kwargs.pop("return_dict", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -372,7 +372,7 @@ class AdambaForCausalLM(AdaptiveGenerationMixin, AdambaPreTrainedModel, Generati
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, num_items_in_batch=num_items_in_batch)
-        return AdambaCausalLMOutput(
+        output = AdambaCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -382,6 +382,8 @@ class AdambaForCausalLM(AdaptiveGenerationMixin, AdambaPreTrainedModel, Generati
             gate_logits=outputs.gate_logits,
             exit_hidden_states=outputs.exit_hidden_states,
         )
+        as_tuple = not (self.config.return_dict if return_dict is None else return_dict)
+        return output.to_tuple() if as_tuple else output
 
 
 # `generate` looks it up at every token of a model that brings its own code: a fiftieth of a token.
