@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from adamba.model import AdambaForCausalLM
@@ -87,6 +87,16 @@ def test_the_first_wrong_layer_is_named(tmp_path: Path) -> None:
     layers = [(model.model.layers[i], wide.model.layers[j]) for i, j in surgery.layers]
     with pytest.raises(SurgeryError, match="surgery: full width: states differ from layer 2 on, by"):
         check(compare(model, wide, tokens(1), [None], layers))
+
+
+def test_rotary_tables_of_an_old_checkpoint_are_passed_over(tmp_path: Path) -> None:
+    model = dense_base("llama")
+    model.save_pretrained(tmp_path)
+    path, name = tmp_path / "model.safetensors", "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file(load_file(path) | {name: torch.ones(4)}, path, metadata={"format": "pt"})
+    weights = Weights(tmp_path, torch.float32)
+    weights.check(empty_from_folder(tmp_path))
+    assert set(weights) == set(model.state_dict())
 
 
 def test_a_head_is_the_embedding_only_where_they_are_tied(tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ class Weights(Mapping[str, torch.Tensor]):
         for shard in sorted(set(names.values())):
             if not (folder / shard).is_file():
                 raise ValueError(f"{folder / shard}: missing; the checkpoint is incomplete")
-        self.files: dict[str, str] = names
+        # Old checkpoints (Llama 2) hold each layer's rotary table; transformers drops them too.
+        self.files: dict[str, str] = {name: names[name] for name in names if not name.endswith("rotary_emb.inv_freq")}
         self.headers: dict[Path, tuple[int, dict]] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -112,7 +113,7 @@ class Weights(Mapping[str, torch.Tensor]):
                 with safe_open(self.folder / shard, framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118 (not a mapping)
                         found = tuple(file.get_slice(name).get_shape())
-                        if name not in self.replaced and found != shapes[name]:
+                        if name in self.files and name not in self.replaced and found != shapes[name]:
                             raise ValueError(f"{self.folder / shard}: {name} is {found}, not {shapes[name]}")
             except SafetensorError as error:
                 raise ValueError(f"{self.folder / shard}: {error}; truncated or overwritten") from None
