@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from adamba.loading import ModelArguments, load_checkpoint, load_model
+from adamba.loading import ModelArguments, load_checkpoint, load_model, load_model_and_tokenizer
 from models import shake, tokens
+from tiny_runs import save_base
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
 
@@ -21,3 +22,14 @@ def test_a_new_model_computes_what_its_checkpoint_does(sizes: dict, dtype: str, 
     model.save_pretrained(tmp_path)
     ids = tokens(0, batch=1, length=900)  # far places: angles are rounded relative to their size
     assert torch.equal(load_checkpoint(str(tmp_path), dtype).eval()(ids).logits, model(ids).logits)
+
+
+def test_a_base_keeps_its_other_ends(tmp_path: Path) -> None:
+    model = save_base(tmp_path)
+    _, tokenizer = load_model_and_tokenizer(ModelArguments(str(tmp_path)))
+    own = tokenizer.eos_token_id
+    for ends, kept in (([own, 5], [own, 5]), ([5, 6], own), (5, own), (None, own)):
+        model.generation_config.eos_token_id = ends
+        model.save_pretrained(tmp_path)
+        loaded, _ = load_model_and_tokenizer(ModelArguments(str(tmp_path)))
+        assert loaded.generation_config.eos_token_id == kept and loaded.config.eos_token_id == own

@@ -305,7 +305,8 @@ def make_tokenizer(args: ModelArguments, data_args: DataArguments) -> PreTrained
 
 def match_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
     """
-    Copy the tokenizer's special tokens into the model's configs.
+    Copy the tokenizer's special tokens into the model's configs. Other ends that generation knows beside the
+    tokenizer's (Llama 3, Qwen3) stay: without them a base's hybrid would write on where the base stops.
 
     Raises:
         UserError: the tokenizer makes ids that the model has no row for.
@@ -315,10 +316,14 @@ def match_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
             f"{name}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; "
             f"key 'tokenizer_name_or_path' must name the tokenizer that the model was trained with"
         )
+    ends = model.generation_config.eos_token_id
+    several = isinstance(ends, list) and tokenizer.eos_token_id in ends
     for config in (model.config, model.generation_config):
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
         config.bos_token_id = tokenizer.bos_token_id
+    if several:
+        model.generation_config.eos_token_id = ends
 
 
 def role_folders(folder: str | Path) -> list[Path]:
