@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache
+from transformers import DynamicCache, modeling_flash_attention_utils
 
 from adamba.model import documents_adamba
 from adamba.model.documents_adamba import document_starts, number_documents
@@ -116,3 +116,41 @@ def test_a_padded_row_may_be_fed_one_token_first() -> None:
                 use_cache=True,
             ).logits
     torch.testing.assert_close(logits, expected[:, 2:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("num_rows", [1, 2])  # transformers finds the documents of one row by itself
+def test_flash_attention_keeps_the_documents_of_every_row_apart(
+    seed: int, num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = hybrid(seed), tokens(seed)[:num_rows]
+    rows = torch.stack((positions(5, 6, length=19), positions(12, length=19)))[:num_rows]
+    masked = model(ids, position_ids=rows, use_cache=False).logits
+
+    def varlen(query, key, value, *, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale, **options):
+        assert causal and cu_seqlens_q.dtype == torch.int32
+        groups = query.shape[1] // key.shape[1]
+        key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
+        longest, window = (options["max_seqlen_q"], options["max_seqlen_k"]), options.get("window_size", (-1,))
+        return plain_varlen(
+            query, key, value, cu_seqlens_q, cu_seqlens_k, *longest, scale=softmax_scale, window_size=(window[0], 0)
+        )
+
+    def options(is_causal, softmax_scale, sliding_window=None, key_length=0, **kwargs) -> dict:
+        found = {key: kwargs[key] for key in ("max_seqlen_q", "max_seqlen_k") if kwargs.get(key) is not None}
+        if sliding_window is not None and key_length > sliding_window:
+            found["window_size"] = (sliding_window - 1, sliding_window - 1)
+        return found | {"causal": is_causal, "softmax_scale": softmax_scale}
+
+    def dense(query, key, value, causal, softmax_scale, **options):  # whoever comes here sees a whole row
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=causal, scale=softmax_scale, enable_gqa=True
+        )
+        return out.transpose(1, 2)
+
+    package = (dense, varlen, None, None, None), (options, options)
+    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda *args: package)
+    model.config._attn_implementation = "flash_attention_2"
+    found = model(ids, position_ids=rows, use_cache=False).logits
+    torch.testing.assert_close(found, masked, rtol=1e-5, atol=1e-5)

@@ -22,6 +22,7 @@ from transformers.masking_utils import (
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_adamba import ATTENTION_LAYERS, AdambaConfig
 from .decoding_adamba import AdaptiveGenerationMixin
@@ -168,6 +169,11 @@ class AdambaModel(AdambaPreTrainedModel):
             starts, masks = document_starts(documents), dict.fromkeys(self.config.layer_types)
         else:
             masks = self._masks(hidden, attention_mask, position_ids, past_key_values, set(self.config.layer_types))
+            if documents is not None and is_flash_attention_requested(self.config):
+                # Without these it would keep the documents of a single row apart, and those of several rows not.
+                borders = document_starts(documents)
+                kwargs |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
+                kwargs |= {"max_length_q": length, "max_length_k": length}
         cos, sin = self.rotary_emb(hidden, position_ids)
         rope = rotations(cos, sin, self.config.rope_sign)
         resolved = self.config.resolve_width(width)
