@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from adamba.model import convolution_adamba, mamba_adamba
 from adamba.model.kernels_adamba import has_kernels, loads
+from models import hybrid, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +43,39 @@ def test_a_version_that_is_too_old_counts_as_missing(
 
 def test_a_missing_package_counts_as_missing() -> None:
     assert not loads("no_such_package_of_kernels")
+
+def test_cached_tokens_meet_the_convolution_kernel_only_where_it_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `causal_conv1d` checks before it runs: 2 to 4 taps, and a state in the input's precision."""
+    plain_update, plain_rows, called = mamba_adamba.causal_conv1d_update, mamba_adamba.causal_conv1d_fn, []
+
+    def check(x, weight, state=None):
+        called.append(x.dtype)
+        assert 2 <= weight.shape[1] <= 4, "causal_conv1d only supports width between 2 and 4"
+        assert state is None or state.dtype == x.dtype, "conv_state.scalar_type() == input_type"
+
+    def update(x, state, weight, bias, activation):
+        check(x, weight, state)
+        return plain_update(x, state, weight, bias, activation=activation)
+
+    def rows(x, weight, bias, activation, seq_idx=None):
+        check(x, weight)
+        return plain_rows(x, weight, bias, activation=activation)
+
+    for module in (mamba_adamba, convolution_adamba):
+        monkeypatch.setattr(module, "has_kernels", lambda package, tensor: package == "causal_conv1d")
+        monkeypatch.setattr(module, "causal_conv1d_fn", rows)
+    monkeypatch.setattr(mamba_adamba, "causal_conv1d_update", update)
+    ids = tokens(0, length=40)
+    for taps, autocast in ((4, False), (4, True), (6, False)):
+        model = hybrid(0, mamba_num_groups=1, mamba_state_size=16, mamba_conv_kernel=taps)
+        called.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # as the Trainer's, around the prompt alone
+            output = model(ids[:, :10], use_cache=True)
+        parts, place = [output.logits], 10
+        for count in (1, 20, 1, 8):
+            output = model(ids[:, place : place + count], past_key_values=output.past_key_values, use_cache=True)
+            parts.append(output.logits)
+            place += count
+        assert bool(called) == (taps == 4)
+        if not autocast:
+            torch.testing.assert_close(torch.cat(parts, 1), model(ids[:, :place]).logits, rtol=1e-4, atol=1e-4)

@@ -22,7 +22,7 @@ from transformers.models.mamba2.modeling_mamba2 import (
 )
 
 from .configuration_adamba import AdambaConfig
-from .convolution_adamba import convolve_rows, kernel_takes, short_conv
+from .convolution_adamba import causal_conv, convolve_rows, kernel_takes, short_conv
 from .kernels_adamba import has_kernels
 from .layers_adamba import ElasticRMSNorm
 from .norm_adamba import GatedRMSNorm
@@ -149,11 +149,13 @@ class Mamba2Mixer(nn.Module):
             if cache is not None:
                 cache.update_conv_state(channels_first, self.layer_idx, conv_kernel_size=self.conv_kernel)
             return convolve_rows(conv_in, weight, bias, documents)
+        # Tokens may come in another precision than the prompt did (autocast around one and not the other).
+        by_kernel = kernel_takes(conv_in, weight) and conv_state.dtype == conv_in.dtype
         recording = state_history(cache, self.layer_idx) is not None
         if recording or 1 < length <= SHORT and not conv_state.is_cuda:
             window = cache.update_conv_state(channels_first, self.layer_idx, conv_kernel_size=self.conv_kernel)
             out = short_conv(window[..., -(self.conv_kernel - 1 + length) :], weight, bias)
-        elif length == 1 and not conv_state.is_cuda:
+        elif length == 1 and not by_kernel:
             window = torch.cat((conv_state[..., 1:], channels_first), dim=-1)
             conv_state.copy_(window)
             out = short_conv(window[..., -self.conv_kernel :], weight, bias)
@@ -161,6 +163,8 @@ class Mamba2Mixer(nn.Module):
             out = causal_conv1d_update(channels_first, conv_state, weight, bias, activation="silu")
         else:
             window = cache.update_conv_state(channels_first, self.layer_idx, conv_kernel_size=self.conv_kernel)
+            if has_kernels("causal_conv1d", window) and not kernel_takes(window, weight):
+                return causal_conv(window.transpose(1, 2), weight, bias)[:, -length:]
             out = causal_conv1d_fn(window, weight, bias, activation="silu")[:, :, -length:]
         return out.transpose(1, 2)
 
