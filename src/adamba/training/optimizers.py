@@ -97,8 +97,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-def old_block(name: str, parameter: torch.Tensor, config: AdambaConfig) -> tuple[torch.Tensor, ...] | None:
-    """Indices of the entries of a parameter that were there before the last expansion; `None` if all were."""
+def old_block(
+    name: str, parameter: torch.Tensor, config: AdambaConfig
+) -> tuple[slice | torch.Tensor, ...] | None:
+    """
+    Where the entries of a parameter are that were there before the last expansion; `None` if all were. Slices wherever
+    a dimension's are neighbours: indices of all entries of a large model are eight times its size, in each step anew.
+    """
     narrow = config_before_expansion(config)
     role = role_of(name)
     if narrow is None or role.axes == ("fixed",):
@@ -109,7 +114,12 @@ def old_block(name: str, parameter: torch.Tensor, config: AdambaConfig) -> tuple
     ]
     if [len(part) for part in index] == list(parameter.shape):
         return None
-    return torch.meshgrid(*index, indexing="ij")
+    block = [
+        part.to(parameter.device) if int(part[-1] - part[0]) >= len(part) else slice(int(part[0]), int(part[-1]) + 1)
+        for part in index
+    ]
+    assert sum(isinstance(part, torch.Tensor) for part in block) <= 1, name  # two would be taken in pairs
+    return tuple(block)
 
 
 def slow_old_weights(optimizer: torch.optim.Optimizer, model: nn.Module, scale: float) -> None:
@@ -131,7 +141,7 @@ def slow_old_weights(optimizer: torch.optim.Optimizer, model: nn.Module, scale: 
     @torch.no_grad()
     def take_back(*_) -> None:
         for (parameter, block), old in zip(blocks, before, strict=True):
-            parameter[block] = torch.lerp(old, parameter[block], scale)
+            parameter[block] = torch.lerp(old, parameter[block].contiguous(), scale)
         before.clear()
 
     optimizer.register_step_pre_hook(remember)
