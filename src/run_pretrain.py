@@ -21,10 +21,9 @@ from adamba.errors import UserError, user_errors
 from adamba.loading import ModelArguments, check_length, load_model_and_tokenizer
 from adamba.model import AdambaForCausalLM
 from adamba.recipe import parse
-from adamba.surgery import sort_by_importance
 from adamba.training.elastic import ElasticArguments
 from adamba.training.freezing import freeze_all_but, freeze_idle
-from adamba.training.pretraining import PretrainConfig, PretrainTrainer
+from adamba.training.pretraining import PretrainConfig, PretrainTrainer, sort_where_it_trains
 from adamba.training.session import finish, logger, measures, start, train
 from adamba.training.sharding import count_weights
 
@@ -48,7 +47,7 @@ def main() -> None:
     packed = pack_rows(rows, tokenizer, args.max_length, one_source_per_row=True, seed=data_args.mix_seed)
     if args.sort_by_importance:
         calibration = [row["input_ids"] for row in itertools.islice(packed, args.num_calibration_rows)]
-        sort_by_importance(model, torch.tensor(calibration).split(8))
+        sort_where_it_trains(model, torch.tensor(calibration), args.device)
         logger.info("sorted channels, heads and units by importance on %d rows", len(calibration))
     freeze_all_but(model, args.train_only)
     freeze_idle(model, elastic_args)

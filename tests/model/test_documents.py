@@ -144,9 +144,7 @@ def test_flash_attention_keeps_the_documents_of_every_row_apart(
 
     def dense(query, key, value, causal, softmax_scale, **options):  # whoever comes here sees a whole row
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=causal, scale=softmax_scale, enable_gqa=True
-        )
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=softmax_scale, enable_gqa=True)
         return out.transpose(1, 2)
 
     package = (dense, varlen, None, None, None), (options, options)

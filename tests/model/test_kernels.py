@@ -44,6 +44,7 @@ def test_a_version_that_is_too_old_counts_as_missing(
 def test_a_missing_package_counts_as_missing() -> None:
     assert not loads("no_such_package_of_kernels")
 
+
 def test_cached_tokens_meet_the_convolution_kernel_only_where_it_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `causal_conv1d` checks before it runs: 2 to 4 taps, and a state in the input's precision."""
     plain_update, plain_rows, called = mamba_adamba.causal_conv1d_update, mamba_adamba.causal_conv1d_fn, []

@@ -1,6 +1,6 @@
 """Order channels, heads and MLP units by importance, so that prefixes are the best sub-networks. Exact."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -44,8 +44,11 @@ class ImportanceMeter:
             hook.remove()
 
 
+Order = dict[tuple[str, int | None], torch.Tensor]
+
+
 @torch.no_grad()
-def importance_order(model: AdambaForCausalLM, batches: Iterable[torch.Tensor]) -> dict[tuple[str, int | None], list]:
+def importance_order(model: AdambaForCausalLM, batches: Iterable[torch.Tensor]) -> Order:
     """
     (axis, layer) -> indices, most important first. `batches`: input ids (B, L). Heads move as whole key/value groups
     with their query heads.
@@ -53,11 +56,11 @@ def importance_order(model: AdambaForCausalLM, batches: Iterable[torch.Tensor]) 
     meter = ImportanceMeter(model)
     try:
         for input_ids in batches:
-            model(input_ids=input_ids.to(model.device), use_cache=False)
+            model(input_ids=input_ids.to(model.device), use_cache=False, logits_to_keep=1)
     finally:
         meter.remove()
     config = model.config
-    order: dict[tuple[str, int | None], torch.Tensor] = {("channel", None): meter.channel.argsort(descending=True)}
+    order: Order = {("channel", None): meter.channel.argsort(descending=True)}
     for layer, heads in meter.heads.items():
         _, num_kv_heads = config.heads_at(layer_width(config, layer))
         groups = heads.view(num_kv_heads, -1).sum(1).argsort(descending=True)
@@ -68,9 +71,14 @@ def importance_order(model: AdambaForCausalLM, batches: Iterable[torch.Tensor]) 
 
 
 @torch.no_grad()
-def sort_by_importance(model: AdambaForCausalLM, batches: Iterable[torch.Tensor]) -> AdambaForCausalLM:
+def sort_by_importance(
+    model: AdambaForCausalLM, batches: Iterable[torch.Tensor], agree: Callable[[Order], Order] = lambda order: order
+) -> AdambaForCausalLM:
     """
     Reorder `model` in place and return it. Its function at full width stays; its sub-widths become its best parts.
+
+    Args:
+        agree: one process's order -> that of all.
 
     Raises:
         ValueError: a sliced checkpoint (its layers no longer share one order), or no batch.
@@ -80,7 +88,7 @@ def sort_by_importance(model: AdambaForCausalLM, batches: Iterable[torch.Tensor]
         raise ValueError("sort_by_importance: no calibration batch was given")
     if any(width != model.config.hidden_size for width in model.config.attention_widths):
         raise ValueError("sort_by_importance: this checkpoint was sliced; sort the elastic one that it came from")
-    order = importance_order(model, batches)
+    order = agree(importance_order(model, batches))
     for name, tensor in model.named_parameters():  # a tied head is listed once
         role, layer = role_of(name), layer_of(name)
         for dim, axis in enumerate(role.axes):

@@ -97,9 +97,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-def old_block(
-    name: str, parameter: torch.Tensor, config: AdambaConfig
-) -> tuple[slice | torch.Tensor, ...] | None:
+def old_block(name: str, parameter: torch.Tensor, config: AdambaConfig) -> tuple[slice | torch.Tensor, ...] | None:
     """
     Where the entries of a parameter are that were there before the last expansion; `None` if all were. Slices wherever
     a dimension's are neighbours: indices of all entries of a large model are eight times its size, in each step anew.

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from adamba.errors import UserError
+from adamba.model import AdambaForCausalLM
+from adamba.surgery import sort_by_importance
 from adamba.training.caps import SpendingCaps
 from adamba.training.elastic import ElasticArguments, ElasticLossMixin
 from adamba.training.hub_keys import HubKeys
@@ -45,6 +48,14 @@ class PretrainConfig(SpendingCaps, HubKeys, OptimizerKeys, TrainingArguments):
             )
         if not 0 <= self.old_weight_lr_scale <= 1:
             raise UserError(f"old_weight_lr_scale: {self.old_weight_lr_scale} must be from 0 to 1")
+
+
+def sort_where_it_trains(model: AdambaForCausalLM, rows: torch.Tensor, device: torch.device) -> None:
+    """
+    `sort_by_importance` on the device of this process, since a launcher leaves each process one CPU core: hours for a
+    large model. By the first process's order, because GPUs may choose kernels that round differently.
+    """
+    sort_by_importance(model.to(device), rows.split(8), agree=lambda order: broadcast_object_list([order])[0])
 
 
 class PackedCollator:
