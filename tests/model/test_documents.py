@@ -1,5 +1,7 @@
 """Rows of several documents: where they begin, and attention inside each, with a plain stand-in for torch's kernel."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,6 +79,13 @@ def test_attention_by_documents_is_that_of_the_mask(seed: int, shared: bool, mon
 def test_a_cpu_and_full_precision_keep_the_mask() -> None:
     hidden = torch.zeros(1, 2, 8, dtype=torch.bfloat16)
     assert not documents_adamba.can_attend_in_documents(hidden, "sdpa", 8, 0.0)
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_a_gpu_without_flash_attention_keeps_the_mask(capability, expected: bool, monkeypatch) -> None:
+    on_gpu = SimpleNamespace(is_cuda=True, device="cuda:0", dtype=torch.float16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert documents_adamba.can_attend_in_documents(on_gpu, "sdpa", 64, 0.0) is expected
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(1, 12, dtype=torch.long)], ids=["no mask", "ones"])

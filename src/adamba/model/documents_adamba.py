@@ -40,6 +40,8 @@ def can_attend_in_documents(hidden: torch.Tensor, attention: str, head_dim: int,
     """Whether `attend_in_documents` takes what this model makes of `hidden`: halves on a GPU, as sdpa would."""
     if varlen_attn is None or not hidden.is_cuda or attention != "sdpa" or dropout > 0:
         return False
+    if torch.cuda.get_device_capability(hidden.device) < (8, 0):  # before Ampere there is no FlashAttention
+        return False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden.dtype
     return dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
 
