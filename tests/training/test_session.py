@@ -17,7 +17,7 @@ from adamba.training import session
 from adamba.training.checkpoints import seal
 from adamba.training.lora import LoraArguments, merge_adapters, peft_config
 from adamba.training.session import tell_missing_kernels, train
-from models import hybrid
+from models import dense_base, hybrid
 
 
 def test_a_broken_loss_stops_before_it_is_saved(make_trainer, tmp_path: Path) -> None:
@@ -145,3 +145,10 @@ def test_adapters_are_what_learned_after_they_are_merged_too() -> None:
     trainer.ref_model = None  # GRPO and DPO ask the model without its adapters
     asked = session.measures(trainer, 1.0, 100, 16)["train_flops"] - measured["train_flops"]
     assert asked == pytest.approx(100 * flops_per_token(model.config, None, 16))
+
+
+def test_liger_is_refused_where_it_would_replace_nothing(make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "is_liger_kernel_available", lambda: False)
+    for model, reason in ((hybrid(0), "no kernels for a hybrid"), (dense_base("llama"), "is not installed")):
+        with pytest.raises(UserError, match=f"use_liger_kernel: .*{reason}"):
+            train(make_trainer(model, use_liger_kernel=True))

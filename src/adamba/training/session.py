@@ -15,6 +15,8 @@ import transformers
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import unwrap_peft_model
+from transformers.utils import is_liger_kernel_available
 
 from adamba.disk import check_output_dir
 from adamba.errors import UserError
@@ -154,6 +156,20 @@ def tell_missing_kernels(trainer: Trainer) -> None:
         )
 
 
+def check_liger(trainer: Trainer) -> None:
+    """
+    Raises:
+        UserError: `use_liger_kernel` for a hybrid, of which Liger would replace nothing and say nothing; or no Liger.
+    """
+    if not getattr(trainer.args, "use_liger_kernel", False):
+        return
+    model = unwrap_peft_model(trainer.model)
+    if isinstance(model, AdambaForCausalLM):
+        raise UserError("use_liger_kernel: Liger has no kernels for a hybrid; leave it out")
+    if not is_liger_kernel_available():
+        raise UserError("use_liger_kernel: liger-kernel is not installed; pip install liger-kernel, or leave it out")
+
+
 def train(trainer: Trainer) -> dict[str, float]:
     """
     Train, from the last complete checkpoint of this very run if there is one. Returns what was measured; after a
@@ -164,6 +180,7 @@ def train(trainer: Trainer) -> dict[str, float]:
             of another run was named; the disk is too small, or full.
         SystemExit: 143 after SIGTERM, 130 after SIGINT, with a checkpoint of the last step.
     """
+    check_liger(trainer)
     save_whole(trainer)
     seal_what_is_saved(trainer)
     tell_missing_kernels(trainer)
