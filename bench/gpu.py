@@ -133,7 +133,7 @@ def random_start(phase: PlannedPhase, folder: Path) -> None:
 def real_steps(name: str) -> dict:
     """
     Ten steps of a phase of the full plan by its own script and recipe, from random weights, on text at hand; four
-    micro-batches a step.
+    micro-batches a step. Whether it runs, and in what memory: most of its seconds are compiling and trying kernels.
     """
     phase = next(phase for phase in read_plan(ROOT / FAMILIES["full plan"]) if phase.name == name)
     start, output = WORK / f"{name}_start", WORK / f"{name}_steps"
@@ -147,7 +147,7 @@ def real_steps(name: str) -> dict:
     command(phase.script, f"recipes/{name}.yaml", *words, before=["python"])
     metrics = metrics_of(output)
     estimate = sum(memory_gib(dataclasses.replace(phase, launch=Launch())).values())
-    shown = ("mfu", "tokens_per_second", "train_loss", "train_steps", "train_seconds", "peak_gpu_memory_bytes")
+    shown = ("train_loss", "train_steps", "train_seconds", "peak_gpu_memory_bytes")
     return {"phase": name, "estimate_gib": estimate} | {key: metrics[key] for key in shown if key in metrics}
 
 
