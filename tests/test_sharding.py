@@ -14,7 +14,7 @@ import torch
 
 from adamba.errors import UserError
 from adamba.model import AdambaForCausalLM
-from adamba.training import pretraining
+from adamba.training import head_losses, pretraining
 from adamba.training.optimizers import OptimizerMixin
 from adamba.training.pretraining import PretrainConfig
 from adamba.training.sharding import readable_checkpoint, saved_by
@@ -62,6 +62,19 @@ def test_sharded_training_is_training(one: Path, config: str, tmp_path: Path, mo
         assert_close(out, resumed, tolerance=0.0 if num_processes == 2 else 1e-4)
         assert [path.name for path in checkpoints(resumed).iterdir() if path.is_dir()] == [f"checkpoint-{STEPS}"]
     assert not (tmp_path / "compiled").exists(), "a test needs no compiler"
+
+
+def test_zero3_runs_the_head_as_often_on_every_rank(one: Path, tmp_path: Path, monkeypatch) -> None:
+    """In chunks of two labels; ranks pack different documents, so other numbers of labels. It waited forever."""
+    engine = pytest.importorskip("deepspeed.runtime.engine", reason="DeepSpeed is for Linux").DeepSpeedEngine
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setattr(engine, "zero_param_persistence_threshold", lambda self: 0)  # small weights are split too
+    vocabulary = json.loads((one / "model" / "config.json").read_text())["vocab_size"]
+    monkeypatch.setitem(head_losses.LOGITS_AT_ONCE, "cpu", 2 * vocabulary)
+    for num_processes, config in ((1, None), (2, "zero3")):
+        out = ("--output_dir", tmp_path / str(num_processes), "--max_steps", "3", "--save_strategy", "no")
+        launch(num_processes, tmp_path, one / "recipe.yaml", *out, config=config)
+    assert largest_difference(tmp_path / "1", tmp_path / "2") <= 1e-5
 
 
 @pytest.mark.parametrize("config", ["ddp_cpu", "zero2", "fsdp2"])

@@ -11,11 +11,14 @@ from models import VOCAB, hybrid, labelled
 CHUNK = 7  # tokens; the rows of `labelled` have 42 with a label
 
 
-@pytest.fixture(params=["whole", "chunks"])
+@pytest.fixture(params=["whole", "chunks", "chunks of other ranks"])
 def chunked(request, monkeypatch: pytest.MonkeyPatch) -> bool:
-    if request.param == "chunks":
+    if request.param != "whole":
         monkeypatch.setitem(module.LOGITS_AT_ONCE, "cpu", CHUNK * VOCAB)
-    return request.param == "chunks"
+    if request.param == "chunks of other ranks":
+        monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: True)
+        monkeypatch.setattr(module, "largest_of_all", lambda number, device: number + 2)
+    return request.param != "whole"
 
 
 def test_token_losses_are_plain_cross_entropy() -> None:

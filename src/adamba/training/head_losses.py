@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from adamba.model import AdambaForCausalLM
 
@@ -95,9 +96,12 @@ def _in_chunks(model, head: Head, states_TD, labels, counted, target: HeadLosses
     """`size` tokens at a time; `labels` and `counted` are (B, L - 1)."""
     labels_T, targets_TD = labels[counted], None if target is None else target.states.detach()
     run = partial(_of_chunk, head, getattr(model, "reduce_logits", reduce_logits))  # or its compiled twin
-    if len(states_TD) > size:
+    num_chunks = max(1, -(-len(states_TD) // size))  # without a label too, so that every rank runs the head
+    if is_deepspeed_zero3_enabled():
+        num_chunks = largest_of_all(num_chunks, states_TD.device)
+    if num_chunks > 1:
         run = partial(checkpoint, run, use_reentrant=False)
-    starts = range(0, max(len(states_TD), 1), size)  # without a label too, so that every rank runs the head
+    starts = range(0, num_chunks * size, size)
     parts = [
         run(*(None if t is None else t[start : start + size] for t in (states_TD, labels_T, targets_TD)))
         for start in starts
@@ -109,6 +113,16 @@ def _in_chunks(model, head: Head, states_TD, labels, counted, target: HeadLosses
         divergence=torch.stack(divergences).sum(),
         states=states_TD,
     )
+
+
+def largest_of_all(number: int, device: torch.device) -> int:
+    """
+    Over all processes. ZeRO-3 gathers the head's weight each time that it runs, forward and backward: a process with
+    fewer labels that ran it less often would leave the others waiting.
+    """
+    numbers = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+    return int(numbers)
 
 
 def _of_chunk(head: Head, reduce, states_TD, labels_T, targets_TD) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
