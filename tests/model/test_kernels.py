@@ -2,11 +2,12 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from adamba.model import convolution_adamba, mamba_adamba
+from adamba.model import convolution_adamba, kernels_adamba, mamba_adamba
 from adamba.model.kernels_adamba import has_kernels, loads
 from models import hybrid, tokens
 
@@ -39,6 +40,16 @@ def test_a_version_that_is_too_old_counts_as_missing(
     monkeypatch.delitem(sys.modules, "mamba_ssm", raising=False)
     assert loads("mamba_ssm") is expected
     monkeypatch.delitem(sys.modules, "mamba_ssm", raising=False)
+
+
+def test_double_precision_runs_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extensions stop at it; a model may have `dtype: float64`."""
+    monkeypatch.setattr(kernels_adamba, "loads", lambda package: True)
+    found = {
+        dtype: has_kernels("causal_conv1d", SimpleNamespace(is_cuda=True, dtype=dtype))
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    }
+    assert list(found.values()) == [False, True, True, True]
 
 
 def test_a_missing_package_counts_as_missing() -> None:
