@@ -177,6 +177,22 @@ def test_roles_absent_from_a_step_stay_as_they_are(
                 assert all(before[name].equal(after[name]) for name in before) == (role == kept), (step, role)
 
 
+def test_a_process_with_rows_of_fewer_roles_keeps_nobody_waiting(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """Each role is a pass of its own through DDP, which sent the buffers before each."""
+    compute = at_grpo.AtGrpoTrainer._compute_loss
+
+    def of_one_role(self, model, inputs):
+        if self.args.process_index == 0:
+            inputs = inputs | {"role_index": torch.zeros_like(inputs["role_index"])}
+        return compute(self, model, inputs)
+
+    monkeypatch.setattr(at_grpo.AtGrpoTrainer, "_compute_loss", of_one_role)
+    recipe = GRPO | SAVING | TEAM | {"model_name_or_path": str(folder / "model"), "num_prompts": 32}
+    recipe = {key: value for key, value in recipe.items() if key not in ("per_device_train_batch_size", "rewards")}
+    path = write_recipe(tmp_path / "team.yaml", recipe | {"num_parallel_games": 2})
+    launch(2, tmp_path, path, "--output_dir", tmp_path / "out", config="ddp_cpu", rows=24, script="run_grpo.py")
+
+
 @pytest.mark.parametrize(("config", "split"), [("zero3", "ZeRO-3"), ("fsdp2", "FSDP")])
 def test_episodes_of_their_own_length_need_whole_weights(
     folder: Path, config: str, split: str, tmp_path: Path

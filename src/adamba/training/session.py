@@ -67,6 +67,10 @@ def start(args: TrainingArguments, recipe: Recipe, inputs: Mapping[str, str]) ->
         # Every weight that learns has a gradient in every step (`freeze_idle`). Searching would take a micro-batch
         # with several passes, and a router that runs beside them, for several steps.
         args.ddp_find_unused_parameters = False
+    if args.ddp_broadcast_buffers is None:
+        # No buffer changes while a model learns. Sending them before each pass would leave processes waiting for each
+        # other where one has more passes: a batch with rows of two roles, each under its own adapter, beside one.
+        args.ddp_broadcast_buffers = False
     if not args.output_dir or args.output_dir == "trainer_output":
         raise UserError("output_dir: missing; name the folder for the checkpoint")
     published = Path(args.output_dir)
