@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import run_chat
-from adamba.chat import Answer, ChatOptions, ChatSession, furthest_checkpoint
+from adamba.chat import Answer, ChatOptions, ChatSession
 from adamba.chat_game import GameAgainstUser
 from adamba.chat_terminal import Chat, TurnText
 from adamba.data import train_tokenizer
@@ -345,20 +345,6 @@ def test_leaving_and_restarting_in_the_middle_of_a_game(tokenizer: PreTrainedTok
     chat, output = chat_with(session, ["/reset", "/width 3", "/quit"])
     chat.play()
     assert "Game 2" in output.getvalue() and "dense model" in output.getvalue()
-
-
-def test_furthest_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no finished phase"):
-        furthest_checkpoint(tmp_path)
-    with pytest.raises(UserError, match="no such folder"):
-        furthest_checkpoint(tmp_path / "absent")
-    for name in ("base", "phase5", "phase2"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "run.json").write_text("{}")
-    (tmp_path / "phase6_grpo").mkdir()
-    assert furthest_checkpoint(tmp_path) == tmp_path / "phase5"
-    (tmp_path / "phase2" / "config.json").write_text("{}")
-    assert furthest_checkpoint(tmp_path / "phase2") == tmp_path / "phase2"
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # Python's choice in a UTF-8 and in a C locale

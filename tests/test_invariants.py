@@ -243,6 +243,7 @@ def test_9_a_saved_model_loads_in_a_fresh_process(package: str, tmp_path: Path) 
     torch.save(ids, exchange)
     source = str(Path(__file__).parents[1] / "src")
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": source}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # sums of other lengths are rounded otherwise
     script = "import adamba.model\n" + LOADER
     if package == "absent":
         # A finder that refuses the package, wherever it is installed.
