@@ -22,6 +22,8 @@ from adamba.report.measures import (
     width_curves,
     wilson_interval,
 )
+from adamba.report.pictures import loss_against_compute
+from adamba.report.style import LIGHT
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,20 @@ def test_compute_curve_pairs_value_and_flops_of_the_same_width() -> None:
         Phase("phase2", Path("."), metrics=metrics, width_names={128: "think"}), "eval_loss", "width"
     )
     assert [(point.x, point.y, point.label) for point in curve] == [(1e6, 2.0, "64"), (3e6, 1.5, "think")]
+
+
+def test_widths_that_nobody_has_trained_do_not_set_the_scale() -> None:
+    def measured(name: str, narrow: float) -> Phase:
+        metrics = {"eval_loss_width_64": narrow, "eval_loss_width_128": 1.5}
+        return Phase(name, Path("."), metrics=metrics | {f"flops_per_token_width_{w}": w * 1e4 for w in (64, 128)})
+
+    def highest(*phases: Phase) -> float:
+        figure = loss_against_compute(Family("f", Path("."), phases), LIGHT)
+        assert figure is not None
+        return max(y for line in figure.axes[0].get_lines() for y in line.get_ydata())
+
+    assert highest(measured("phase1", 6.0), measured("phase2", 1.8)) == 1.8
+    assert highest(measured("phase1", 6.0)) == 6.0  # there is nothing else to show
 
 
 def test_empty_gate_bins_are_left_out() -> None:

@@ -114,7 +114,7 @@ PICTURES = (
         "loss_against_compute",
         "Held-out loss against compute",
         "Each point is one width of one checkpoint: further left is cheaper, lower is better. Hollow points, where "
-        "measured, are exit thresholds at full width.",
+        "measured, are exit thresholds at full width. Phases before their narrow widths are trained are not in it.",
         "eval_loss_width_* and flops_per_token_width_*",
         loss_against_compute,
         metrics=("eval_loss_width_", "flops_per_token_width_"),

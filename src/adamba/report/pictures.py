@@ -40,24 +40,32 @@ class Picture:
         ]
 
 
+# Losses above so many times the best are of widths that nobody has trained, and leave the others no room.
+UNTRAINED = 2.0
+
+
 def loss_against_compute(family: Family, theme: Theme) -> Figure | None:
-    """Held-out loss against FLOPs a token, one line a phase through its widths."""
+    """Held-out loss against FLOPs a token, one line a phase through its widths, once they are trained."""
     phases = [phase for phase in family.phases if compute_curve(phase, "eval_loss", "width")]
     phases = [phase for phase in phases if phase.name in LOSS_PHASES[:-1]] or phases
     if not phases:
         return None
+    curves = [
+        (phase, sorted(compute_curve(phase, "eval_loss", "width"), key=lambda point: point.x)) for phase in phases
+    ]
+    limit = UNTRAINED * min(point.y for _, points in curves for point in points)
+    trained = [(phase, points) for phase, points in curves if len(points) == 1 or points[0].y <= limit]
     figure = Figure(figsize=(10, 5))
     axes = figure.subplots()
-    for phase in phases:
+    for phase, points in trained or curves:
         color = theme.phase(phase.name)
-        points = sorted(compute_curve(phase, "eval_loss", "width"), key=lambda point: point.x)
         _curve(axes, points, color, theme, labels_at=(-5, -11) if len(points) > 1 else None)
         last = points[-1]
         label(axes, phase.label, (last.x, last.y), color, (9, 0), fontweight="bold")
     for phase in phases[-1:]:
         exits = sorted(compute_curve(phase, "eval_loss", "threshold"), key=lambda point: point.x)
         if exits:
-            _curve(axes, exits, theme.phase(phase.name), theme, hollow=True, labels_at=(0, -12))
+            _curve(axes, exits, theme.phase(phase.name), theme, hollow=True, labels_at=(0, 9))
     _compute_axis(axes)
     axes.set_ylabel("held-out loss, nats a token")
     return figure
