@@ -18,6 +18,8 @@ from transformers import (
     NemotronHForCausalLM,
     PreTrainedModel,
 )
+from transformers.models.bamba.modeling_bamba import BambaMixer
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
 from adamba.model import AdambaConfig, AdambaForCausalLM
 from adamba.training.freezing import freeze_idle
@@ -25,6 +27,7 @@ from adamba.training.freezing import freeze_idle
 VOCAB = 1024
 HYBRIDS = ("bamba", "nemotron_h")
 KINDS = ("adamba", *HYBRIDS, "llama")
+MIXERS = (BambaMixer, NemotronHMamba2Mixer)
 HEAD_DIM = 64
 
 
