@@ -42,7 +42,7 @@ def peak_bytes(kind: str, dtype: str) -> int:
                 batch = {"input_ids": ids, "labels": ids}
                 loss = elastic_loss(model, model, batch, args, chosen, ids.numel(), Tally())
             elif kind == "ours":
-                loss = next_token_losses(model, model, {"input_ids": ids}, ids).mean()
+                loss = next_token_losses(model, model, {"input_ids": ids}, ids)[0] / ids.numel()
             else:
                 loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()

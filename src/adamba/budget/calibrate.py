@@ -132,7 +132,7 @@ def _micro_batch(phase: PlannedPhase, model: PreTrainedModel, device: str) -> Ca
                 labelled = batch | {"labels": input_ids}
                 loss = elastic_loss(model, model, labelled, elastic, chosen, input_ids.numel(), Tally())
             else:
-                loss = next_token_losses(model, model, batch, input_ids).sum() / input_ids.numel()
+                loss = next_token_losses(model, model, batch, input_ids)[0] / input_ids.numel()
         loss.backward()
 
     return run

@@ -20,6 +20,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from adamba.errors import UserError
 from adamba.model import AdambaForCausalLM
 from adamba.model.mamba_adamba import MambaLayer
+from adamba.training.head_gradients import reduce_with_gradient
 from adamba.training.head_losses import reduce_logits
 
 logger = logging.getLogger("adamba")
@@ -73,6 +74,7 @@ def compile_for_training(model: AdambaForCausalLM, backend: str = "inductor", mo
     compile_one = functools.partial(torch.compile, backend=backend, mode=mode, dynamic=False)
     classes: dict[type[nn.Module], type[nn.Module]] = {}
     model.reduce_logits = torch.compile(reduce_logits, backend=backend, mode=mode)
+    model.reduce_with_gradient = torch.compile(reduce_with_gradient, backend=backend, mode=mode)
     for layer in model.model.layers:
         if type(layer) not in classes:
             classes[type(layer)] = _compiled_class(type(layer), compile_one)

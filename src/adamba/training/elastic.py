@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from adamba.errors import UserError
 from adamba.model import AdambaConfig, AdambaForCausalLM
+from adamba.training.head_gradients import Weights
 from adamba.training.head_losses import (
     IGNORED,
     HeadLosses,
@@ -178,20 +179,22 @@ def elastic_loss(
         exits = chosen.exit_layers if chosen.exit_level is None else []
         full, output = run_to_head(model, plain, inputs, labels, exits, output_gates=True)
         observed = (full, output)
-        loss = loss + full.losses.sum() / num_items
+        loss = loss + full.total / num_items
         tally.add("loss_full", full.losses, counted.sum())
         by_source(tally, full.losses, counted, sources)
     for level, width in chosen.widths.items():
         exits = chosen.exit_layers if chosen.exit_level == level else []
-        narrow, output = run_to_head(model, plain, inputs, labels, exits, full, width=width, output_gates=True)
-        loss = loss + level_weights[level] * narrow.losses.sum() / num_items
+        weights = Weights(level_weights[level], args.distill_weight)
+        narrow, output = run_to_head(
+            model, plain, inputs, labels, exits, full, weights, width=width, output_gates=True
+        )
+        loss = loss + narrow.total / num_items
         tally.add(f"loss_width_{width}", narrow.losses, counted.sum())
         if chosen.exit_level == level:
             observed = (narrow, output)
         if full is None:
             by_source(tally, narrow.losses, counted, sources)
             continue
-        loss = loss + args.distill_weight * narrow.divergence / num_items
         router_part = router_loss(
             plain, inputs, labels, full.losses, narrow.losses, counted, level, args.router_tolerance
         )
@@ -221,7 +224,7 @@ def exit_loss(
     for layer, hidden in zip(exit_layers, output.exit_hidden_states[:-1], strict=True):
         early = head_losses(plain, hidden, labels)
         depth = (layer + 1) / plain.config.num_hidden_layers
-        loss = loss + args.exit_loss_weight * depth * early.losses.sum() / num_items
+        loss = loss + args.exit_loss_weight * depth * early.total / num_items
         agrees = (early.choices == final.choices).float()
         gate = output.gate_logits[:, :-1, plain.config.gate_layers.index(layer)]
         errors = F.binary_cross_entropy_with_logits(gate.float(), agrees, reduction="none") * counted
@@ -297,10 +300,11 @@ class ElasticLossMixin:
             if return_outputs:
                 logits = model(**batch, use_cache=False).logits
                 losses = token_losses(logits, labels)
+                total = losses.sum()
             else:
                 with self.accelerator.autocast():
-                    losses = next_token_losses(model, plain, batch, labels)
-            loss = losses.sum() / num_items
+                    total, losses = next_token_losses(model, plain, batch, labels)
+            loss = total / num_items
             if model.training:
                 by_source(self.tally, losses, counted, sources)
             else:  # gathered as the Trainer gathers: rows that are there twice, to fill the last batch, go

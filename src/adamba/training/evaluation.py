@@ -33,7 +33,7 @@ def losses_by_source(
     sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
     for source, batch in _batches(rows, batch_size, model.device):
         labels = batch.pop("labels")
-        losses = next_token_losses(model, model, batch, labels, **options)
+        _, losses = next_token_losses(model, model, batch, labels, **options)
         count = (labels[:, 1:] != IGNORED).sum()
         for key in (source, ""):
             sums[key] += torch.stack((losses.double().sum(), count.double())).cpu()

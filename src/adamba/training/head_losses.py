@@ -2,10 +2,11 @@
 What the shared head says of a layer's hidden states: cross entropy, divergence and choices, some tokens at a time.
 
 At a vocabulary of 65,536 the fp32 logits of 16,384 tokens take 4 GiB, and a plain backward pass holds several copies
-for each width and each exit. Here only tokens that have a label meet the head; where they are many, in chunks that are
-computed again in the backward pass: one product more, and never more than a chunk of logits at once.
+for each width and each exit. Here only tokens that have a label meet the head; where they are many, in chunks, whose
+gradient `head_gradients` makes at once. Where the head is more than one product (a soft cap, an adapter, weights that
+are gathered when they are used) a chunk is computed again in the backward pass instead.
 
-Shape legend: B rows, L tokens, T tokens with a label, D hidden channels.
+Shape legend: B rows, L tokens, T tokens with a label, D hidden channels, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from adamba.model import AdambaForCausalLM
+from adamba.training.head_gradients import LOSS_ALONE, Weights, total_with_gradients
 
 IGNORED = -100
 # In fp32 64 MiB, which a CPU's caches and memory like, and 512 MiB: a GPU wants large products.
@@ -41,10 +43,12 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 @dataclass
 class HeadLosses:
     """
-    losses (B, L - 1): next-token cross entropy in nats; choices (B, L - 1): the likeliest next tokens; both 0 without
-    a label. divergence: the sum of KL(target || this) over labelled tokens. states (T, D): what met the head.
+    total: the weighted sum of losses and divergence, which alone has a gradient. losses (B, L - 1): next-token cross
+    entropy in nats; choices (B, L - 1): the likeliest next tokens; both 0 without a label. divergence: the sum of
+    KL(target || this) over labelled tokens. states (T, D): what met the head.
     """
 
+    total: torch.Tensor
     losses: torch.Tensor
     choices: torch.Tensor
     divergence: torch.Tensor
@@ -52,21 +56,35 @@ class HeadLosses:
 
 
 def head_losses(
-    model: AdambaForCausalLM, hidden_BLD: torch.Tensor, labels_BL: torch.Tensor, target: HeadLosses | None = None
+    model: AdambaForCausalLM,
+    hidden_BLD: torch.Tensor,
+    labels_BL: torch.Tensor,
+    target: HeadLosses | None = None,
+    weights: Weights = LOSS_ALONE,
 ) -> HeadLosses:
     """
     Args:
         hidden_BLD: a layer's output, before the final norm.
         labels_BL: not shifted; -100 is no label.
         target: of the same labels; the divergence is from its distribution, which gets no gradient.
+        weights: of losses and divergence in the total.
     """
     counted = labels_BL[:, 1:] != IGNORED
     states_TD = model.model.norm(hidden_BLD[:, :-1][counted])
     size = max(1, LOGITS_AT_ONCE.get(states_TD.device.type, LOGITS_AT_ONCE["cpu"]) // model.config.vocab_size)
-    return _in_chunks(model, model.head, states_TD, labels_BL[:, 1:], counted, target, size)
+    return _in_chunks(model, model.head, states_TD, labels_BL[:, 1:], counted, target, weights, size)
 
 
-def run_to_head(model, plain: AdambaForCausalLM, inputs: dict, labels, exit_layers=(), target=None, **options):
+def run_to_head(
+    model,
+    plain: AdambaForCausalLM,
+    inputs: dict,
+    labels,
+    exit_layers=(),
+    target: HeadLosses | None = None,
+    weights: Weights = LOSS_ALONE,
+    **options,
+):
     """
     One pass that stops before the head: what the head says (`HeadLosses`), and the model's output, whose
     `exit_hidden_states` are those of `exit_layers` and of the last layer. `model` may be a wrapper of `plain`.
@@ -78,27 +96,47 @@ def run_to_head(model, plain: AdambaForCausalLM, inputs: dict, labels, exit_laye
     options |= {"use_cache": False, "exit_hidden_layers": layers, "logits_to_keep": 0 if whole else 1}
     output = model(**inputs, **options)
     if not whole:
-        return head_losses(plain, output.exit_hidden_states[-1], labels, target), output
+        return head_losses(plain, output.exit_hidden_states[-1], labels, target, weights), output
     counted = labels[:, 1:] != IGNORED
     logits_TV = output.logits[:, :-1][counted]
     size = max(1, len(logits_TV))
-    return _in_chunks(plain, nn.Identity(), logits_TV, labels[:, 1:], counted, target, size), output
+    return _in_chunks(plain, nn.Identity(), logits_TV, labels[:, 1:], counted, target, weights, size), output
 
 
-def next_token_losses(model, plain: PreTrainedModel, inputs: dict, labels, **options) -> torch.Tensor:
-    """Next-token cross entropy (B, L - 1) of one pass; from logits where the model is not ours (a dense base)."""
+def next_token_losses(
+    model, plain: PreTrainedModel, inputs: dict, labels, **options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Next-token cross entropy of one pass, the sum, which has a gradient, and each (B, L - 1); from logits where the
+    model is not ours (a dense base).
+    """
     if isinstance(plain, AdambaForCausalLM):
-        return run_to_head(model, plain, inputs, labels, **options)[0].losses
-    return token_losses(model(**inputs, use_cache=False, **options).logits, labels)
+        said = run_to_head(model, plain, inputs, labels, **options)[0]
+        return said.total, said.losses
+    losses = token_losses(model(**inputs, use_cache=False, **options).logits, labels)
+    return losses.sum(), losses.detach()
 
 
-def _in_chunks(model, head: Head, states_TD, labels, counted, target: HeadLosses | None, size: int) -> HeadLosses:
+def _in_chunks(
+    model, head: Head, states_TD, labels, counted, target: HeadLosses | None, weights: Weights, size: int
+) -> HeadLosses:
     """`size` tokens at a time; `labels` and `counted` are (B, L - 1)."""
     labels_T, targets_TD = labels[counted], None if target is None else target.states.detach()
-    run = partial(_of_chunk, head, getattr(model, "reduce_logits", reduce_logits))  # or its compiled twin
     num_chunks = max(1, -(-len(states_TD) // size))  # without a label too, so that every rank runs the head
     if is_deepspeed_zero3_enabled():
         num_chunks = largest_of_all(num_chunks, states_TD.device)
+
+    def placed(values_T: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return values_T.new_zeros(counted.shape, dtype=dtype).masked_scatter(counted, values_T)
+
+    if num_chunks > 1 and states_TD.requires_grad and _is_one_product(model):
+        reduce = getattr(model, "reduce_with_gradient", None)  # the compiled twin
+        total, losses_T, choices_T, divergence = total_with_gradients(
+            states_TD, model.lm_head.weight, labels_T, targets_TD, weights, size, reduce
+        )
+        losses, choices = placed(losses_T, torch.float32), placed(choices_T, labels_T.dtype)
+        return HeadLosses(total, losses, choices, divergence, states_TD)
+    run = partial(_of_chunk, head, getattr(model, "reduce_logits", reduce_logits))  # or its compiled twin
     if num_chunks > 1:
         run = partial(checkpoint, run, use_reentrant=False)
     starts = range(0, num_chunks * size, size)
@@ -106,13 +144,18 @@ def _in_chunks(model, head: Head, states_TD, labels, counted, target: HeadLosses
         run(*(None if t is None else t[start : start + size] for t in (states_TD, labels_T, targets_TD)))
         for start in starts
     ]
-    losses, choices, divergences = zip(*parts, strict=True)
-    return HeadLosses(
-        losses=states_TD.new_zeros(counted.shape, dtype=torch.float32).masked_scatter(counted, torch.cat(losses)),
-        choices=labels_T.new_zeros(counted.shape).masked_scatter(counted, torch.cat(choices)),
-        divergence=torch.stack(divergences).sum(),
-        states=states_TD,
-    )
+    all_losses, all_choices, divergences = zip(*parts, strict=True)
+    losses, divergence = placed(torch.cat(all_losses), torch.float32), torch.stack(divergences).sum()
+    total = weights.loss * losses.sum() + weights.divergence * divergence
+    choices = placed(torch.cat(all_choices), labels_T.dtype)
+    return HeadLosses(total, losses.detach(), choices, divergence.detach(), states_TD)
+
+
+def _is_one_product(model: AdambaForCausalLM) -> bool:
+    """Whether logits are states times the head's weight, which is whole wherever it is read."""
+    if isinstance(model, FSDPModule) or is_deepspeed_zero3_enabled():
+        return False
+    return type(model.lm_head) is nn.Linear and model.config.logit_softcap is None
 
 
 def largest_of_all(number: int, device: torch.device) -> int:
