@@ -1,5 +1,7 @@
 """The head without logits: its plain formulas in value and gradient, whole or in chunks; and never all there."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -137,6 +139,29 @@ def test_gradients_that_are_made_at_once_are_those_of_autograd() -> None:
     torch.testing.assert_close(losses.double(), expected_losses.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(divergence.double(), expected_divergence.detach(), rtol=1e-5, atol=1e-6)
     assert torch.equal(choices, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_its_compiled_twin_says_the_same_whatever_the_weights(backend: str) -> None:
+    """With weights as numbers instead of tensors inductor gave other gradients at the second pair of weights."""
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    torch._dynamo.reset()
+    compiled = torch.compile(reduce_with_gradient, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    for rows in (16, 8, 16, 5):
+        for weights, learns in (((1.0, 0.0), False), ((1.5, 0.7), True), ((1.0, 0.5), True)):
+            logits, target = torch.randn(2, rows, 501, generator=generator).bfloat16()
+            labels = torch.randint(0, 501, (rows,), generator=generator)
+            results = []
+            for reduce in (reduce_with_gradient, compiled):
+                targets = [target.clone()] if learns else []
+                losses, _, divergence, gradient = reduce(
+                    [logits.clone()], labels, targets, *map(torch.tensor, weights)
+                )
+                results.append((losses, divergence, gradient))  # of equally likely tokens either may be chosen
+            for found, expected in zip(results[1], results[0], strict=True):
+                torch.testing.assert_close(found.float(), expected.float(), rtol=2e-2, atol=1e-4)
 
 
 def test_halves_and_a_frozen_head_learn_as_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
