@@ -34,7 +34,7 @@ def total_with_gradients(
     targets_TD: torch.Tensor | None,
     weights: Weights,
     size: int,
-    reduce: Callable[..., Reduced] | None = None,
+    reduce: Callable[..., Reduced],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Total, cross entropy (T,), likeliest tokens (T,) and summed divergence, `size` tokens at a time. The total alone
@@ -43,15 +43,13 @@ def total_with_gradients(
 
     Args:
         targets_TD: states of the distributions that the divergence is from; `None`: there is none.
-        reduce: a compiled twin of `reduce_with_gradient`.
+        reduce: `reduce_with_gradient`, or its compiled twin.
     """
     device = states_TD.device.type
     mixed = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if mixed else weight_VD.dtype
     with torch.autocast(device, enabled=False):
-        return _HeadTotal.apply(
-            states_TD, weight_VD, labels_T, targets_TD, weights, size, dtype, reduce or reduce_with_gradient
-        )
+        return _HeadTotal.apply(states_TD, weight_VD, labels_T, targets_TD, weights, size, dtype, reduce)
 
 
 class _HeadTotal(torch.autograd.Function):
@@ -108,16 +106,23 @@ def reduce_with_gradient(
     """
     dtype = logits[0].dtype
     log_probabilities = logits.pop().float().log_softmax(-1)
-    losses = F.nll_loss(log_probabilities, labels_T, reduction="none")
-    choices = log_probabilities.argmax(-1)
+    log_target = targets.pop().float().log_softmax(-1) if targets else None
+    losses, choices, divergence = measures(log_probabilities, labels_T, log_target)
     is_label = torch.arange(log_probabilities.shape[-1], device=labels_T.device) == labels_T[:, None]
-    divergence = losses.new_zeros(())
-    if targets:
-        target = targets.pop().float().log_softmax(-1)
-        divergence = F.kl_div(log_probabilities, target, reduction="sum", log_target=True)
-        gradient = (
-            log_probabilities.exp_().mul_(loss_weight + divergence_weight).sub_(target.exp_() * divergence_weight)
-        )
-    else:
+    if log_target is None:
         gradient = log_probabilities.exp_().mul_(loss_weight)
+    else:
+        gradient = log_probabilities.exp_().mul_(loss_weight + divergence_weight)
+        gradient.sub_(log_target.exp_().mul_(divergence_weight))
     return losses, choices, divergence, gradient.sub_(is_label * loss_weight).to(dtype)
+
+
+def measures(
+    log_probabilities: torch.Tensor, labels_T: torch.Tensor, log_target: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross entropy (T,), likeliest tokens (T,) and the summed divergence from the target, of what is (T, V)."""
+    losses = F.nll_loss(log_probabilities, labels_T, reduction="none")
+    divergence = losses.new_zeros(())
+    if log_target is not None:
+        divergence = F.kl_div(log_probabilities, log_target, reduction="sum", log_target=True)
+    return losses, log_probabilities.argmax(-1), divergence

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from adamba.model import AdambaForCausalLM
-from adamba.training.head_gradients import LOSS_ALONE, Weights, total_with_gradients
+from adamba.training.head_gradients import LOSS_ALONE, Weights, measures, reduce_with_gradient, total_with_gradients
 
 IGNORED = -100
 # In fp32 64 MiB, which a CPU's caches and memory like, and 512 MiB: a GPU wants large products.
@@ -130,7 +130,7 @@ def _in_chunks(
         return values_T.new_zeros(counted.shape, dtype=dtype).masked_scatter(counted, values_T)
 
     if num_chunks > 1 and states_TD.requires_grad and _is_one_product(model):
-        reduce = getattr(model, "reduce_with_gradient", None)  # the compiled twin
+        reduce = getattr(model, "reduce_with_gradient", reduce_with_gradient)  # or its compiled twin
         total, losses_T, choices_T, divergence = total_with_gradients(
             states_TD, model.lm_head.weight, labels_T, targets_TD, weights, size, reduce
         )
@@ -184,9 +184,5 @@ def reduce_logits(
     come in lists of at most one, which are emptied: an argument would live until the end, beside what is made of it.
     """
     log_probabilities = logits.pop().float().log_softmax(-1)
-    losses = F.nll_loss(log_probabilities, labels_T, reduction="none")
-    divergence = losses.new_zeros(())
-    if targets:
-        target = targets.pop().float().log_softmax(-1)
-        divergence = F.kl_div(log_probabilities, target, reduction="sum", log_target=True)
-    return losses, log_probabilities.argmax(-1), divergence
+    log_target = targets.pop().float().log_softmax(-1) if targets else None
+    return measures(log_probabilities, labels_T, log_target)
