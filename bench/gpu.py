@@ -8,8 +8,8 @@ What a GPU reaches: MFU of phases 1, 2 and 5, and their memory against the estim
 
 Two models: the SmolLM2 plan (`recipes/smollm2`, 30 attention and 30 Mamba layers of 576 channels and larger), and the
 full plan at its own sizes (`recipes`, 2,048 channels and more) with as many layers as the memory estimate lets fit.
-bf16 autocast, one GPU, ten micro-batches of 16,384 tokens in rows of four documents (forward, backward, a share of the
-optimizer's step), layers compiled, no activation checkpointing.
+bf16 autocast, one GPU, ten micro-batches of 16,384 tokens, of more where a whole model leaves room, in rows of four
+documents (forward, backward, a share of the optimizer's step), layers compiled, no activation checkpointing.
 
 MFU is model FLOPs (`adamba/flops.py`: a multiply-add is 2, the causal half of the scores, the scan and its convolution
 counted, what checkpointing computes again not) over the rated dense bf16 speed (`adamba/gpus.py`). Scores count over a
@@ -72,13 +72,25 @@ def with_layers(phase: PlannedPhase, num_layers: int) -> PlannedPhase:
     return dataclasses.replace(phase, config=AdambaConfig.from_dict(config.to_dict() | changes))
 
 
+def fits(phase: PlannedPhase, memory: float) -> bool:
+    return sum(memory_gib(phase).values()) <= FILLED * memory
+
+
 def as_fits(phase: PlannedPhase, memory: float) -> PlannedPhase:
-    """With as many layers, in pairs, as `FILLED` of `memory` GiB holds by the estimate; never less than one pair."""
-    for num_layers in range(phase.config.num_hidden_layers, 2, -2):
-        shorter = with_layers(phase, num_layers)
-        if sum(memory_gib(shorter).values()) <= FILLED * memory:
-            return shorter
-    return with_layers(phase, 2)
+    """
+    With as many layers, in pairs, as `FILLED` of `memory` GiB holds by the estimate, never less than one pair. Where
+    all do, rows double as long as they fit: with few, a small model waits for the CPU, which launches its kernels.
+    """
+    all_layers = phase.config.num_hidden_layers
+    shorter = (with_layers(phase, num_layers) for num_layers in range(all_layers, 2, -2))
+    chosen = next((candidate for candidate in shorter if fits(candidate, memory)), with_layers(phase, 2))
+    while chosen.config.num_hidden_layers == all_layers:
+        rows = 2 * chosen.values["per_device_train_batch_size"]
+        more = dataclasses.replace(chosen, values={**chosen.values, "per_device_train_batch_size": rows})
+        if not fits(more, memory):
+            break
+        chosen = more
+    return chosen
 
 
 def measure(phase: PlannedPhase, rated: float, num_steps: int) -> dict:

@@ -98,3 +98,7 @@ def test_gpu_report_runs_at_tiny_size_and_layers_shrink_to_fit(bench):
     small, large = (gpu.as_fits(gpu.on_one_gpu(full, 2048), memory) for memory in (80.0, 140.0))
     assert 2 <= small.config.num_hidden_layers < large.config.num_hidden_layers
     assert sum(gpu.memory_gib(large).values()) <= 140.0
+    small = next(phase for phase in gpu.read_plan(ROOT / "recipes/smollm2") if phase.name == "phase1")
+    filled = gpu.as_fits(gpu.on_one_gpu(small, 2048), 140.0)
+    assert filled.config.num_hidden_layers == small.config.num_hidden_layers
+    assert filled.values["per_device_train_batch_size"] == 32  # 64 would not fit
