@@ -170,6 +170,14 @@ def test_memory_of_fsdp_is_that_of_fp32_masters_under_mixed_precision(values, by
     assert parts["activations"] == pytest.approx(in_bf16), "what is computed is bf16 in any of these"
 
 
+def test_gradients_that_the_head_makes_with_its_losses_are_counted() -> None:
+    phase = next(phase for phase in read_plan(Path("recipes")) if phase.name == "phase2")
+    tokens = phase.values["per_device_train_batch_size"] * phase.length
+    made = 3 * phase.config.hidden_size * (4 * phase.config.vocab_size + 2 * tokens)  # full, narrow, an exit
+    here, split = (with_launch(phase, launch) for launch in (Launch(), Launch(8, True, 8, 8, 8)))
+    assert memory_gib(here)["logits"] - memory_gib(split)["logits"] == pytest.approx(made / 2**30)
+
+
 def test_frozen_weights_stay_as_they_were_loaded_under_fsdp() -> None:
     phase = next(phase for phase in read_plan(Path("recipes")) if phase.name == "phase4b")
     values = phase.values | {"dtype": "bfloat16", "bf16": True, "train_only": "mamba"}

@@ -60,7 +60,7 @@ def memory_gib(phase: PlannedPhase, num_gpus: int | None = None) -> dict[str, fl
     stream = min(loaded, computed)  # autocast leaves the residual stream in the precision of the embedding
     forward = {
         "activations": activation_bytes(phase, tokens, mixed or computed, stream),
-        "logits": logit_bytes(phase, tokens),
+        "logits": logit_bytes(phase, tokens) + head_gradient_bytes(phase, tokens, learned, mixed or computed),
     }
     caches = cache_bytes(phase, loaded)
     if caches > sum(forward.values()):  # when episodes are played, nothing is kept for a backward pass
@@ -80,6 +80,21 @@ def logit_bytes(phase: PlannedPhase, tokens: int) -> float:
         taught = phase.is_elastic and phase.values.get("distill", True)
         return (CHUNK_LOGIT_BYTES + TARGET_LOGIT_BYTES * taught) * min(logits, LOGITS_AT_ONCE)
     return LOGIT_BYTES * logits
+
+
+def head_gradient_bytes(phase: PlannedPhase, tokens: int, learned: int, computed: int) -> float:
+    """
+    Where the head takes several chunks, its gradient is made with the losses (`adamba.training.head_gradients`): for
+    each pass and exit one of the weight, if that learns, and one of the states stay until the backward pass.
+    """
+    config = phase.config
+    if phase.script not in CHUNKED or not isinstance(config, AdambaConfig) or config.logit_softcap is not None:
+        return 0.0
+    if tokens * config.vocab_size <= LOGITS_AT_ONCE or phase.launch.parameter_shards > 1:
+        return 0.0
+    heads = len(_widths(phase)) + phase.is_elastic * int(phase.values.get("num_sampled_exits", 1))
+    learns = not phase.uses_adapters and phase.values.get("train_only", "all") == "all"
+    return float(heads * config.hidden_size * (learned * config.vocab_size * learns + computed * tokens))
 
 
 def cache_bytes(phase: PlannedPhase, loaded: int) -> float:
