@@ -84,6 +84,27 @@ test: $(STAMP)  ## lint, types and all tests: exactly what CI runs
 	if [ $$status -ne 0 ]; then echo "make test: failed, see above"; fi; \
 	exit $$status
 
+# The kernels' sources, for Triton's interpreter: nothing is compiled, no GPU is needed (Triton takes 1 GB).
+KERNELS := .kernels/.installed
+KERNEL_SOURCES := einops mamba-ssm causal-conv1d triton==3.9.0
+$(KERNELS): export MAMBA_FORCE_BUILD := TRUE
+$(KERNELS): export MAMBA_SKIP_CUDA_BUILD := TRUE
+$(KERNELS): export CAUSAL_CONV1D_FORCE_BUILD := TRUE
+$(KERNELS): export CAUSAL_CONV1D_SKIP_CUDA_BUILD := TRUE
+$(KERNELS): $(STAMP)
+	@rm -rf .kernels
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target .kernels -c constraints.txt $(KERNEL_SOURCES)
+	@touch $@
+
+.PHONY: test-kernels
+test-kernels: $(KERNELS)  ## the GPU's kernels against plain torch without a GPU, in Triton's interpreter: 20 minutes
+	@status=0; export PYTHONPATH=.kernels:tests TRITON_INTERPRET=1 OMP_NUM_THREADS=1; \
+	for how in "none kernels" "tf32 gradients"; do \
+	  words="-m pytest -n 2 -p interpreted_kernels tests/model/test_gpu.py -k $${how#* }"; \
+	  echo "PYTHONPATH=$$PYTHONPATH TRITON_INTERPRET=1 ROUNDING=$${how% *} $(PY) $$words"; \
+	  ROUNDING=$${how% *} $(OFFLINE) $(PY) $$words $(ARGS) || status=$$?; \
+	done; exit $$status
+
 # By the form of known providers' keys; a high entropy alone is a hash here (run.json, constraints).
 SECRET_SCAN := $(PY) -m detect_secrets.pre_commit_hook --disable-plugin Base64HighEntropyString \
   --disable-plugin HexHighEntropyString --disable-plugin KeywordDetector
