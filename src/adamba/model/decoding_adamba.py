@@ -4,18 +4,17 @@ and when to go wider again (`expand_threshold`). Everything goes through `model.
 the generation config.
 """
 
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 from transformers.generation.configuration_utils import SynthIDTextWatermarkingConfig
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 from transformers.utils import logging
 
 from .configuration_adamba import ATTENTION_LAYERS
 from .drafting_adamba import DraftPolicy, draft_policy
+from .groups_adamba import GenerationTrace, allowed_in_batch, merge_outputs, merge_traces
 from .single_row_adamba import plain_decode, propagate_decode
 from .speculation_adamba import speculative_decode
 
@@ -31,23 +30,6 @@ OTHER_INPUTS = ("inputs_embeds", "position_ids", "synced_gpus")
 LAZY_ATTENTION = ("sdpa", "eager")  # their masks can be cut to the queries that are left
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class GenerationTrace:
-    """
-    What the last `generate` did. `widths`: channels of each attention layer, per row if rows differ. `exit_layers`
-    (B, new tokens): the last layer computed for each, -1 past the end of a row's group; `None` after beam search.
-    `num_drafted`, `num_accepted`: tokens, in `verify`. `num_expanded`: tokens for which a row went wider.
-    """
-
-    widths: list
-    num_layers: int
-    exit_layers: torch.Tensor | None = None
-    num_drafted: int = 0
-    num_accepted: int = 0
-    num_expanded: int = 0
-    steps: list[torch.Tensor] = field(default_factory=list, repr=False)
 
 
 class AdaptiveGenerationMixin:
@@ -163,7 +145,7 @@ class AdaptiveGenerationMixin:
 
     def _check_cache(self, cache: Cache | None, widths: list[int], expands: bool) -> None:
         """Refuse a cache that has no place for Mamba states, or the keys of another width."""
-        layers = [] if cache is None else cache.layers
+        layers = getattr(cache, "layers", [])
         if cache is not None and not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
             if "linear_attention" in self.config.layer_types:
                 raise ValueError(
@@ -180,6 +162,18 @@ class AdaptiveGenerationMixin:
                     "past_key_values: holds the keys of another width; go on at that width, or without it"
                 )
 
+    def _check_prompt(self, rows: torch.Tensor | None, kwargs: dict) -> None:
+        """Refuse a prompt without a new token: the next one would be read off nothing, or off a token seen before."""
+        if rows is None or kwargs.get("inputs_embeds") is not None:
+            return
+        cache = kwargs.get("past_key_values")
+        seen = int(cache.get_seq_length()) if cache is not None and _is_whole(rows, kwargs) else 0
+        if rows.shape[1] <= seen:
+            raise ValueError(
+                f"input_ids: no token is new, {rows.shape[1]} are given and past_key_values holds {seen}; give the "
+                "whole text so far and at least one token more, or only what is new with the mask of all"
+            )
+
     def _option(self, generation_config, kwargs: dict, key: str):
         """An option of transformers' own `generate`, as it will resolve it; `None` when nobody set it."""
         given = (kwargs.get(key), *(getattr(c, key, None) for c in (generation_config, self.generation_config)))
@@ -195,9 +189,10 @@ class AdaptiveGenerationMixin:
         trace = GenerationTrace(widths=widths, num_layers=self.config.num_hidden_layers)
         self.last_generation = trace
         rows = inputs if inputs is not None else kwargs.get("input_ids")
+        self._check_prompt(rows, kwargs)
         option = partial(self._option, generation_config, kwargs)
         one_row = rows is not None and rows.shape[0] == 1 and (option("num_return_sequences") or 1) == 1
-        own_loop = one_row and self._suits_own_loops(option, kwargs)
+        own_loop = one_row and _is_whole(rows, kwargs) and self._suits_own_loops(option, kwargs)
         loop = None
         if exit_mode == "verify" and own_loop:
             policy = self._policy(widths, exit_layer, bool(option("do_sample")))
@@ -230,6 +225,8 @@ class AdaptiveGenerationMixin:
     def _suits_own_loops(self, option, kwargs: dict) -> bool:
         """Whether the input, the cache and the launch are what the loops for one row expect."""
         if any(kwargs.get(key) is not None for key in OTHER_INPUTS):
+            return False
+        if "prepare_inputs_for_generation" in vars(self):  # PEFT's prompt tuning puts its tokens in front there
             return False
         cache = kwargs.get("past_key_values")
         growing = option("use_cache") is not False and not option("cache_implementation")
@@ -282,20 +279,25 @@ class AdaptiveGenerationMixin:
         distinct, group_of = widths.unique(dim=0, return_inverse=True)
         if len(distinct) == 1:
             return self._generate_at(rows, distinct[0].tolist(), attention_mask=mask, **options)
-        for key in ("past_key_values", "position_ids", "inputs_embeds"):
+        for key in ("past_key_values", "position_ids", "inputs_embeds", "negative_prompt_ids"):
             if options.get(key) is not None:
                 raise ValueError(
                     f'{key}: goes with one width; width "auto" gives these rows {len(distinct)} different ones'
                 )
+        allowed = options.get("prefix_allowed_tokens_fn")
+        option = partial(self._option, options["generation_config"], options)
+        answers = 1 if (option("num_beams") or 1) > 1 else option("num_return_sequences") or 1
         groups = []
         for group, group_widths in enumerate(distinct.tolist()):
             members = (group_of == group).nonzero().squeeze(-1)
+            if allowed is not None:
+                options["prefix_allowed_tokens_fn"] = partial(allowed_in_batch, allowed, members, answers)
             output = self._generate_at(rows[members], group_widths, attention_mask=mask[members], **options)
             groups.append((members, output, self.last_generation))
-        self.last_generation = _merge_traces(groups, widths.tolist())
+        self.last_generation = merge_traces(groups, widths.tolist())
         pad = self.generation_config.pad_token_id
         pad = self.config.pad_token_id if pad is None else pad
-        return _merge_outputs(groups, pad or 0)
+        return merge_outputs(groups, pad or 0)
 
     def prepare_inputs_for_generation(
         self, input_ids, attention_mask=None, inputs_embeds=None, is_first_iteration=False, **kwargs
@@ -308,6 +310,13 @@ class AdaptiveGenerationMixin:
         # Both stand in the signature because transformers looks for them there.
         kwargs |= {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+
+    def _extract_generation_mode_kwargs(self, custom_generate, kwargs, *args):
+        # transformers takes the tokenizer that `stop_strings` need out, and drops it for any loop that is not its own.
+        tokenizer = kwargs.get("tokenizer")
+        extracted = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args)
+        ours = isinstance(custom_generate, partial) and "trace" in custom_generate.keywords
+        return {**extracted, "tokenizer": tokenizer} if ours and tokenizer is not None else extracted
 
     def _prepare_generation_config(self, generation_config, **kwargs):
         # Once a generation config has these fields, transformers would keep them there and not call forward with them.
@@ -324,42 +333,7 @@ class AdaptiveGenerationMixin:
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
 
-Group = tuple[torch.Tensor, GenerateDecoderOnlyOutput | torch.Tensor, GenerationTrace]
-
-
-def _in_order(groups: list[Group], parts: list[torch.Tensor], value: float) -> torch.Tensor:
-    """One (rows, length, ...) tensor a group -> all rows in the batch's order, shorter ones ending in `value`."""
-    places = []
-    for (members, _, _), part in zip(groups, parts, strict=True):
-        answers = len(part) // len(members)  # `num_return_sequences`
-        places.append((members[:, None] * answers + torch.arange(answers, device=members.device)).flatten())
-    by_row = [row for part in parts for row in part]
-    ordered = [by_row[index] for index in torch.cat(places).argsort()]
-    return torch.nn.utils.rnn.pad_sequence(ordered, batch_first=True, padding_value=value)
-
-
-def _merge_outputs(groups: list[Group], pad: int):
-    """
-    The groups' answers as one. Scores and logits of a row whose group ended earlier are 0 from there on; caches,
-    attentions and hidden states have another shape in each group and are left out.
-    """
-    outputs = [output for _, output, _ in groups]
-    if isinstance(outputs[0], torch.Tensor):
-        return _in_order(groups, outputs, pad)
-    merged = GenerateDecoderOnlyOutput(sequences=_in_order(groups, [output.sequences for output in outputs], pad))
-    for key in ("scores", "logits"):
-        if outputs[0].get(key) is not None:
-            steps = _in_order(groups, [torch.stack(output[key], dim=1) for output in outputs], 0.0)
-            merged[key] = tuple(steps.unbind(1))
-    return merged
-
-
-def _merge_traces(groups: list[Group], widths: list) -> GenerationTrace:
-    traces = [trace for _, _, trace in groups]
-    merged = GenerationTrace(widths=widths, num_layers=traces[0].num_layers)
-    exits = [trace.exit_layers for trace in traces if trace.exit_layers is not None]
-    if len(exits) == len(groups):
-        merged.exit_layers = _in_order(groups, exits, -1)
-    for key in ("num_drafted", "num_accepted", "num_expanded"):
-        setattr(merged, key, sum(getattr(trace, key) for trace in traces))
-    return merged
+def _is_whole(rows: torch.Tensor, kwargs: dict) -> bool:
+    """Whether the rows are all of the text so far; after a cache, a longer mask says that they are what is new."""
+    mask = kwargs.get("attention_mask")
+    return kwargs.get("past_key_values") is None or mask is None or mask.shape[-1] == rows.shape[1]
