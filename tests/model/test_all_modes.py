@@ -96,3 +96,15 @@ def test_a_tuple_is_given_where_one_is_asked_for() -> None:
     model.config.return_dict = False
     assert isinstance(model(ids), tuple)
     assert model.generate(ids, max_new_tokens=2).shape[1] == ids.shape[1] + 2
+
+
+def test_hidden_states_end_with_what_the_head_reads() -> None:
+    """As in every model of transformers, and on request by the config too."""
+    model, ids = hybrid(0), tokens(0)
+    output = model(ids, output_hidden_states=True)
+    assert len(output.hidden_states) == model.config.num_hidden_layers + 1
+    assert torch.equal(output.hidden_states[0], model.get_input_embeddings()(ids))
+    assert torch.equal(model.head(output.hidden_states[-1]), output.logits)
+    model.config.output_hidden_states = True
+    assert torch.equal(model(ids).hidden_states[-1], output.hidden_states[-1])
+    assert model(ids, output_hidden_states=False).hidden_states is None

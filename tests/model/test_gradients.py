@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from models import hybrid, tokens
 
@@ -49,3 +50,15 @@ def count_recomputations(model):
         return count[0]
 
     return done
+
+
+@pytest.mark.parametrize("cache", ["asked for", "given"])
+def test_gradient_checkpointing_refuses_a_cache(cache: str) -> None:
+    """Each layer would write into it again in the backward pass; without gradients there is none."""
+    model, ids = hybrid(0).train(), tokens(0)
+    model.gradient_checkpointing_enable()
+    options = {"use_cache": True} if cache == "asked for" else {"past_key_values": DynamicCache(config=model.config)}
+    with pytest.raises(ValueError, match="use_cache: gradient checkpointing"):
+        model(ids, labels=ids, **options)
+    with torch.no_grad():
+        model(ids, **options)

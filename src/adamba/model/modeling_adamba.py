@@ -157,6 +157,9 @@ class AdambaModel(AdambaPreTrainedModel):
             attention_mask, use_cache = None, False
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        twice = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if twice and (use_cache or isinstance(past_key_values, Cache)):
+            raise ValueError("use_cache: gradient checkpointing would write into a cache twice; it must be False")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if not use_cache and not isinstance(past_key_values, Cache):
@@ -177,7 +180,7 @@ class AdambaModel(AdambaPreTrainedModel):
         cos, sin = self.rotary_emb(hidden, position_ids)
         rope = rotations(cos, sin, self.config.rope_sign)
         resolved = self.config.resolve_width(width)
-        widths = iter(resolved)
+        widths, limits = iter(resolved), iter(self.config.attention_widths)
         if self.embed_norm is not None:
             hidden = self.embed_norm(hidden)
 
@@ -188,9 +191,8 @@ class AdambaModel(AdambaPreTrainedModel):
         narrow = expand_threshold is not None and resolved != self.config.attention_widths
         expandable = narrow and past_key_values is not None
         wide: torch.Tensor | None = None
-        limits = iter(self.config.attention_widths)
-        gate_logits, kept_hidden = [], []
-        all_hidden = [hidden] if output_hidden_states else None
+        keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        gate_logits, kept_hidden, all_hidden = [], [], [hidden] if keep_all else []
         for index, (kind, layer) in enumerate(zip(self.config.layer_types, self.layers, strict=True)):
             if index > last_layer:
                 break
@@ -220,7 +222,7 @@ class AdambaModel(AdambaPreTrainedModel):
                 hidden = layer(hidden, past_key_values, masks[kind], documents, active)
             if exit_layers is not None:
                 hidden = torch.where((exit_layers < index)[..., None], before, hidden)
-            if output_hidden_states:
+            if keep_all:
                 all_hidden.append(hidden)
             if exit_hidden_layers is not None and index in exit_hidden_layers:
                 kept_hidden.append(hidden)
@@ -234,14 +236,15 @@ class AdambaModel(AdambaPreTrainedModel):
                     active, taken = self._exit(index, hidden, exit_threshold, active, taken)
         if exit_layers is not None:
             taken = torch.minimum(taken, exit_layers)
+        normed = self.norm(hidden)  # also the last of `hidden_states`, as in every model of transformers
         return AdambaModelOutput(
-            last_hidden_state=self.norm(hidden),
+            last_hidden_state=normed,
             past_key_values=past_key_values if use_cache else None,
             exit_layers=taken,
             expanded=wide,
             gate_logits=torch.stack(gate_logits, dim=-1) if gate_logits else None,
             exit_hidden_states=tuple(kept_hidden) or None,
-            hidden_states=tuple(all_hidden) if all_hidden is not None else None,
+            hidden_states=(*all_hidden[:-1], normed) if keep_all else None,
         )
 
     def cached_masks(
@@ -371,9 +374,7 @@ class AdambaForCausalLM(AdaptiveGenerationMixin, AdambaPreTrainedModel, Generati
             output_hidden_states=output_hidden_states,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        if isinstance(keep, slice) and not logits_to_keep:
-            keep = slice(None)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # 0 keeps all
         logits = self.head(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
