@@ -224,6 +224,12 @@ class AdambaConfig(PreTrainedConfig):
         )
         for layer_type in self.layer_types:
             require(layer_type in allowed, "layer_types", layer_type, f"is unknown; use one of {', '.join(allowed)}")
+        require(
+            self.num_attention_layers > 0,
+            "layer_types",
+            self.layer_types,
+            "must have an attention layer, by which a cache counts its tokens",
+        )
         for key, count in (("rope_layers", self.num_hidden_layers), ("attention_widths", self.num_attention_layers)):
             require(len(getattr(self, key)) == count, key, getattr(self, key), f"must have {count} entries")
         require(
