@@ -7,7 +7,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from adamba.model.drafting_adamba import DraftLayer, DraftPolicy, draft_policy
-from models import hybrid, tokens
+from models import hybrid, random_config, tokens
 
 NEW_TOKENS = 16
 
@@ -57,6 +57,25 @@ def test_verify_leaves_the_text_and_the_cache_of_plain_decoding(seed: int, width
         for output in (plain, verified)
     ]
     assert torch.equal(*again)
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+@pytest.mark.parametrize("mode", [{"exit_mode": "verify", "exit_threshold": 0.2}, {"exit_threshold": 0.5}], ids=str)
+def test_rotations_that_depend_on_the_length_are_those_of_each_step(mode: dict, rope_type: str) -> None:
+    """A layer that gets to several tokens at once rotates each as it would have been alone."""
+    for seed in range(4):
+        prompt, half = tokens(seed, batch=1, length=9), random_config(seed).head_dim // 2
+        factors = {"short_factor": [1.0] * half, "long_factor": [4.0] * half}
+        rope = {"rope_type": rope_type, "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 12}
+        model = hybrid(seed, max_position_embeddings=12, rope_parameters=rope | factors)
+        options = {"do_sample": False, "max_new_tokens": 2 * NEW_TOKENS}
+        alone = model.generate(prompt, **options, **mode, return_dict_in_generate=True)
+        plain = model.generate(prompt, **options, return_dict_in_generate=True)
+        if "exit_mode" in mode:
+            caches_agree(alone.past_key_values, plain.past_key_values)
+            assert torch.equal(alone.sequences, plain.sequences)
+        else:
+            assert torch.equal(alone.sequences, model.generate(prompt.repeat(2, 1), **options, **mode)[:1])
 
 
 class Recorder(BaseStreamer):

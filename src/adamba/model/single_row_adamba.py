@@ -62,15 +62,28 @@ class SingleRow:
     def rope(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotations of the tokens at places `start` to `end`."""
         first, last = start - self.num_padding, end - self.num_padding
-        stop = 0 if self.rope_table is None else self.rope_start + self.rope_table[0].shape[2]
-        if self.rope_table is None or not self.rope_start <= first or last > stop or not self.rope_ahead:
-            positions = torch.arange(first, last + self.rope_ahead, device=self.input_ids.device)[None]
-            # The embedding itself would do but where accelerate offloads it.
-            like = torch.empty(0, dtype=self.decoder.embed_tokens.weight.dtype, device=positions.device)
-            cos, sin = self.decoder.rotary_emb(like, positions)
-            self.rope_start, self.rope_table = first, rotations(cos, sin, self.config.rope_sign)
+        stop = first if self.rope_table is None else self.rope_start + self.rope_table[0].shape[2]
+        if self.rope_ahead and (self.rope_table is None or not self.rope_start <= first or last > stop):
+            self.rope_start, self.rope_table = first, self._rotations(first, last + self.rope_ahead)
+        elif not self.rope_ahead and last > stop:
+            # A place keeps those of the step in which it was new, whenever a layer gets to it, as in plain decoding.
+            tables = [self._rotations(place, place + 1) for place in range(stop, last)]
+            if self.rope_table is None:
+                self.rope_start = first
+            else:
+                tables = [self.rope_table, *tables]
+            cos, sin = (torch.cat(parts, dim=2) for parts in zip(*tables, strict=True))
+            self.rope_table = cos, sin
         first, last = first - self.rope_start, last - self.rope_start
         return self.rope_table[0][:, :, first:last], self.rope_table[1][:, :, first:last]
+
+    def _rotations(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotations of some positions, computed together."""
+        positions = torch.arange(first, last, device=self.input_ids.device)[None]
+        # The embedding itself would do but where accelerate offloads it.
+        like = torch.empty(0, dtype=self.decoder.embed_tokens.weight.dtype, device=positions.device)
+        cos, sin = self.decoder.rotary_emb(like, positions)
+        return rotations(cos, sin, self.config.rope_sign)
 
     def run(self, hidden: torch.Tensor, start: int, layers: range, num_live: int | None = None) -> torch.Tensor:
         """
