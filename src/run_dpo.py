@@ -95,7 +95,7 @@ def main() -> None:
         train_dataset=rows,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=peft_config(lora_args),
+        peft_config=peft_config(lora_args, model),
     )
     check_lengths(trainer.train_dataset, len(rows), args)
     trained = train(trainer)

@@ -70,7 +70,7 @@ def main() -> None:
             model=model,
             reward_funcs=reward_functions,
             environment_factory=environments,
-            peft_config=peft_config(lora_args),
+            peft_config=peft_config(lora_args, model),
             **common,
         )
     elif team.per_role:
@@ -78,7 +78,7 @@ def main() -> None:
         model = add_role_adapters(model, peft_config(lora_args), [role.name for role in team.roles])
         trainer = AtGrpoTrainer(team_settings=team, model=model, **common)
     else:
-        trainer = AtGrpoTrainer(team_settings=team, model=model, peft_config=peft_config(lora_args), **common)
+        trainer = AtGrpoTrainer(team_settings=team, model=model, peft_config=peft_config(lora_args, model), **common)
     trained = train(trainer)
     if team is None or not team.per_role:
         merge_adapters(trainer)

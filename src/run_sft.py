@@ -64,7 +64,7 @@ def main() -> None:
         processing_class=tokenizer,
         sources=list(data_args.mix),
         elastic_args=elastic_args,
-        peft_config=peft_config(lora_args, learning_gates(model)),
+        peft_config=peft_config(lora_args, model, learning_gates(model)),
     )
     trained = train(trainer)
     trained |= evaluate_sources(trainer, data_args.mix)

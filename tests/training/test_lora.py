@@ -77,3 +77,20 @@ def test_no_lora_unless_asked():
     assert peft_config(LoraArguments()) is None
     with pytest.raises(UserError, match="lora_r: 0"):
         LoraArguments(lora_r=0)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "model.embed_tokens", "lm_head"])
+def test_an_adapter_on_a_tied_weight_is_refused(name: str) -> None:
+    """Merged into the weight it would change embedding and head, and was trained beside one of them."""
+    args = LoraArguments(use_peft=True, lora_target_modules=["q_proj", name])
+    tied = AdambaForCausalLM(smallest_config(64, tie_word_embeddings=True))
+    with pytest.raises(UserError, match=f"lora_target_modules: {name} is tied"):
+        peft_config(args, tied)
+    adapted = get_peft_model(hybrid(), peft_config(args, hybrid())).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in adapted.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.normal_(std=0.1)
+        ids = torch.arange(9)[None]
+        before = adapted(input_ids=ids).logits
+        torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, before, atol=1e-5, rtol=1e-5)

@@ -55,15 +55,26 @@ def learning_gates(model: nn.Module) -> list[str]:
     return [name for name, part in parts.items() if any(weight.requires_grad for weight in part.parameters())]
 
 
-def peft_config(args: LoraArguments, whole: Sequence[str] = ()) -> PeftConfig | None:
+def peft_config(args: LoraArguments, model: nn.Module | None = None, whole: Sequence[str] = ()) -> PeftConfig | None:
     """
     What TRL's trainers take as `peft_config`; None without `use_peft`.
 
     Args:
+        model: What is adapted, where the adapters will be merged.
         whole: Modules that learn in full beside the adapters, and are kept with them; all others are frozen.
+
+    Raises:
+        UserError: an adapter on one of two tied weights: it learns beside one and would be merged into both.
     """
     if not args.use_peft:
         return None
+    tied = {"embed_tokens", "lm_head"} if model is not None and model.config.tie_word_embeddings else set()
+    for name in args.lora_target_modules or ():
+        if name.rsplit(".", 1)[-1] in tied:
+            raise UserError(
+                f"lora_target_modules: {name} is tied to another layer (tie_word_embeddings), which the merged "
+                "adapter would change too; leave it out, or name it in lora_modules_to_save"
+            )
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_r,
