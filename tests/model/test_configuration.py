@@ -25,6 +25,7 @@ SIZES = {
     [
         ({"layer_types": ["full_attention"] * 3}, r"layer_types: \['full_attention'.*num_hidden_layers = 4"),
         ({"layer_types": ["full_attention"] * 3 + ["conv"]}, "layer_types: 'conv' is unknown; use one of full_att"),
+        ({"norm_base_width": 65}, "norm_base_width: 65 must be at most hidden_size = 64"),
         ({"layer_types": ["linear_attention"] * 4}, "layer_types: .* must have an attention layer"),
         ({"layer_types": ["sliding_attention"] * 4}, "sliding_window: None must be 2 tokens or more"),
         (

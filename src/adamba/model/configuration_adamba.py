@@ -250,6 +250,12 @@ class AdambaConfig(PreTrainedConfig):
             self.hidden_size,
             f"must be a multiple of num_key_value_heads = {self.num_key_value_heads}",
         )
+        require(
+            self.norm_base_width <= self.hidden_size,
+            "norm_base_width",
+            self.norm_base_width,
+            f"must be at most hidden_size = {self.hidden_size}, which only grows from it",
+        )
         group_size, rest = divmod(self.mamba_inner_size, self.mamba_num_groups)
         require(
             rest == 0 and group_size % self.mamba_head_dim == 0,
