@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from adamba.errors import UserError
 from adamba.loading import ModelArguments, load_checkpoint, load_model, load_model_and_tokenizer
-from models import shake, tokens
+from models import hybrid, shake, tokens
 from tiny_runs import save_base
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
@@ -33,3 +34,12 @@ def test_a_base_keeps_its_other_ends(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path)
         loaded, _ = load_model_and_tokenizer(ModelArguments(str(tmp_path)))
         assert loaded.generation_config.eos_token_id == kept and loaded.config.eos_token_id == own
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_broken_config_is_named(name: str, tmp_path: Path) -> None:
+    """transformers replaces a generation config that it cannot read: ends and exits would be lost in silence."""
+    hybrid(0).save_pretrained(tmp_path)
+    (tmp_path / name).write_text("{")
+    with pytest.raises(UserError, match=f"{name}: not valid JSON"):
+        load_checkpoint(str(tmp_path))

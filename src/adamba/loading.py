@@ -218,12 +218,18 @@ def check_config_file(name_or_path: str) -> None:
         return
     if not (folder / "config.json").is_file():
         raise UserError(f"{name_or_path}: no config.json in it; this is not a checkpoint")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: not valid JSON: {error}") from None
+    config = _read_json(folder / "config.json")
+    if (folder / "generation_config.json").is_file():
+        _read_json(folder / "generation_config.json")  # transformers would make another one in silence
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(f"{folder / 'config.json'}: key 'model_type' is missing; this is not a transformers model")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
 
 
 def _new_model(args: ModelArguments, vocab_size: int | None) -> PreTrainedModel:
