@@ -8,6 +8,7 @@ from transformers import DynamicCache
 from adamba.data import train_tokenizer
 from adamba.data.tokenizer import MIN_VOCAB_SIZE, NUM_ADDED_TOKENS
 from adamba.model import AdambaForCausalLM
+from adamba.surgery import slice_width
 from models import hybrid, tokens
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
@@ -85,3 +86,28 @@ def test_allowed_tokens_are_asked_for_the_row_of_the_whole_batch(options: dict) 
     expected = model.generate(ids, **options)
     assert torch.equal(model.generate(ids, width="auto", **options), expected)
     assert len({tuple(widths) for widths in model.last_generation.widths}) > 1, "the test needs several groups"
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_guidance_is_by_the_same_width(batch: int) -> None:
+    """transformers' processor calls the model a second time; a slice has no other width to do it at."""
+    for seed in range(3):
+        model, ids = hybrid(seed), tokens(seed, batch=batch, length=9)
+        options = {"guidance_scale": 2.0, **GREEDY}
+        expected = slice_width(model, "ghost").generate(ids, **options)
+        assert torch.equal(model.generate(ids, width="ghost", **options), expected)
+
+
+def test_the_router_reads_what_is_new_after_a_cache() -> None:
+    model, ids = hybrid(0), tokens(0, batch=1, length=13)
+    torch.manual_seed(0)
+    model.model.router.down_proj.weight.data.normal_(std=3)
+    widths = model.route(ids[:, 9:])[0].tolist()
+    said = []
+    for width in (widths, "auto"):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids[:, :9], past_key_values=cache, use_cache=True, width=widths)
+        options = {"attention_mask": torch.ones_like(ids), "past_key_values": cache, **GREEDY}
+        said.append(model.generate(ids[:, 9:], width=width, **options))
+    assert torch.equal(*said)

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 from transformers.generation.configuration_utils import SynthIDTextWatermarkingConfig
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 from transformers.utils import logging
 
@@ -275,7 +276,8 @@ class AdaptiveGenerationMixin:
             raise ValueError('width: "auto" is chosen from input_ids; with inputs_embeds alone give a width')
         mask = options.pop("attention_mask", None)
         mask = self._visible(rows, options) if mask is None else mask
-        widths = self.route(rows, mask, getattr(options["generation_config"], "router_confidence", None))
+        seen = mask[:, -rows.shape[1] :]  # after a cache the mask may be of all, and the rows what is new
+        widths = self.route(rows, seen, getattr(options["generation_config"], "router_confidence", None))
         distinct, group_of = widths.unique(dim=0, return_inverse=True)
         if len(distinct) == 1:
             return self._generate_at(rows, distinct[0].tolist(), attention_mask=mask, **options)
@@ -317,6 +319,14 @@ class AdaptiveGenerationMixin:
         extracted = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args)
         ours = isinstance(custom_generate, partial) and "trace" in custom_generate.keywords
         return {**extracted, "tokenizer": tokenizer} if ours and tokenizer is not None else extracted
+
+    def _get_logits_processor(self, *args, model_kwargs=None, **kwargs):
+        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
+        for processor in processors:
+            # It calls the model itself, for the same text without the prompt: at the same width.
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) and processor.model is self:
+                processor.model = partial(self.__call__, width=(model_kwargs or {}).get("width"))
+        return processors
 
     def _prepare_generation_config(self, generation_config, **kwargs):
         # Once a generation config has these fields, transformers would keep them there and not call forward with them.
