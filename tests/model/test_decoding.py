@@ -172,6 +172,14 @@ def test_a_width_that_was_never_trained_warns(warnings: list[str]) -> None:
     assert len(warnings) == 1 and f"width: {untrained} was never trained" in warnings[0]
 
 
+def test_exits_without_a_cache_run_in_full_with_a_warning(warnings: list[str]) -> None:
+    model, prompt = hybrid(0), tokens(0, batch=1, length=5)
+    plain = model.generate(prompt, use_cache=False, **GREEDY)
+    assert not warnings
+    assert torch.equal(model.generate(prompt, use_cache=False, exit_threshold=0.1, **GREEDY), plain)
+    assert len(warnings) == 1 and warnings[0].startswith("use_cache: without a cache no token leaves early")
+
+
 def test_untrained_gates_and_router_fall_back_with_a_warning(warnings: list[str], tmp_path: Path) -> None:
     torch.manual_seed(0)
     new, prompt = AdambaForCausalLM(hybrid(0).config), tokens(0, batch=2, length=5)

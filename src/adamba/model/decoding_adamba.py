@@ -205,6 +205,8 @@ class AdaptiveGenerationMixin:
             )
         else:
             exits = exit_threshold is not None and exit_threshold < 1
+            if (exits or expand_threshold) and option("use_cache") is False:
+                logger.warning_once("use_cache: without a cache no token leaves early or goes wider; all run in full")
             if own_loop and not expand_threshold and self._is_plain(option):
                 loop = partial(propagate_decode, threshold=exit_threshold) if exits else plain_decode
             elif exits:
