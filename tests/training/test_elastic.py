@@ -264,3 +264,15 @@ def test_gradient_accumulation_equals_the_large_batch(elastic_on, make_trainer, 
     assert not torch.equal(start["lm_head.weight"], weights[0]["lm_head.weight"])
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("elastic_on", [False, True])
+def test_a_batch_without_any_label_has_no_loss_and_breaks_nothing(elastic_on, make_trainer) -> None:
+    """Packing makes such rows: a document one token longer than a row leaves a row of that token and padding."""
+    model = hybrid(2)
+    trainer = make_trainer(model, ElasticArguments(elastic=elastic_on), max_steps=2, logging_steps=1)
+    trainer.args.logging_nan_inf_filter = False
+    trainer.train_dataset = trainer.train_dataset.map(lambda row: {"labels": [-100] * len(row["labels"])})
+    trainer.train()
+    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == [0.0, 0.0]
+    assert all(weight.isfinite().all() for weight in model.parameters())

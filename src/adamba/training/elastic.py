@@ -289,7 +289,8 @@ class ElasticLossMixin:
             plain = plain.get_base_model()
         labels = inputs["labels"]
         counted = labels[:, 1:] != IGNORED
-        num_items = num_items_in_batch if num_items_in_batch is not None else counted.sum().clamp(min=1)
+        num_items = counted.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        num_items = num_items.clamp(min=1)  # a batch without any label has a loss of 0, not of 0 / 0
         logits = None
         if self.elastic_args.elastic and model.training:
             chosen = draw(plain.config, self.elastic_args, self.args.seed, *self._place())
