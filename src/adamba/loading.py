@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from adamba.data import add_chat_tokens, load_mixture, row_texts, train_tokenizer
@@ -148,6 +149,10 @@ def load_checkpoint(name_or_path: str, dtype: str = "float32", **options) -> Pre
         if names:
             kind = problem.removesuffix("_keys")
             raise UserError(f"{name_or_path}: {len(names)} {kind} weights, first {sorted(map(str, names))[0]}")
+    if "revision" in options and not Path(name_or_path).is_dir():
+        # TRL loads DPO's and GRPO's reference by this name alone, which is another branch's; the folder is this one's.
+        config_file = cached_file(name_or_path, "config.json", revision=options["revision"])
+        model.config._name_or_path = str(Path(config_file).parent)
     return model
 
 

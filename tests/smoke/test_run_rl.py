@@ -1,6 +1,8 @@
 """The real GRPO and DPO commands on a tiny random model: they train, publish, resume and refuse bad input."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -166,3 +168,20 @@ def test_pairs_keep_each_tools_own_arguments() -> None:
                 assert list(call["function"]["arguments"]) == [
                     {"calculator": "expression", "play": "cell"}[call["function"]["name"]]
                 ]
+
+
+def test_the_reference_of_a_branch_of_the_hub_is_that_branch(checkpoint: Path, tmp_path: Path) -> None:
+    """TRL loads it by name alone: from `main`, which may be another phase, or have no model at all."""
+    cached, branch, commit = tmp_path / "hub" / "models--me--tiny", "phase5", "a" * 40
+    shutil.copytree(checkpoint, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / branch).write_text(commit)
+    keys = {"model_name_or_path": "me/tiny", "revision": branch, "max_steps": 1, "save_strategy": "steps"}
+    path = write(DPO | keys | {"save_steps": 1}, tmp_path)
+    command = [sys.executable, str(ROOT / "src" / "run_dpo.py"), str(path)]
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (state,) = (tmp_path / "out.trainer").glob("*/checkpoint-1/trainer_state.json")
+    first = json.loads(state.read_text())["log_history"][0]
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0, "nothing has moved yet"
