@@ -194,6 +194,8 @@ def test_elastic_adapters_are_refused_under_fsdp(monkeypatch, recipe, capsys):
         ({"max_steps": -1}, "max_steps: -1 must be given"),
         ({"packing_strategy": "wrapped"}, "packing_strategy: 'wrapped' is not supported"),
         ({"lora_r": 0}, "lora_r: 0 must be"),
+        ({"loss_type": "dft"}, "loss_type: 'dft' would change nothing here; leave it out"),
+        ({"completion_only_loss": True}, "completion_only_loss: True would change nothing here; leave it out"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(monkeypatch, recipe, tmp_path, capsys, changes, message):

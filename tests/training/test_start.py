@@ -52,3 +52,7 @@ def test_a_checkpoint_of_another_recipe(refused, tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_is_not_there(refused) -> None:
     assert "resume_from_checkpoint: nowhere: no such folder" in refused(resume_from_checkpoint="nowhere")
+
+
+def test_a_key_of_the_libraries_that_no_loss_here_reads(refused) -> None:
+    assert "label_smoothing_factor: 0.1 would change nothing" in refused(label_smoothing_factor=0.1)

@@ -63,6 +63,11 @@ def start(args: TrainingArguments, recipe: Recipe, inputs: Mapping[str, str]) ->
     """
     setup_logging(is_main_process=args.process_index == 0)
     set_seed(args.seed)
+    if args.label_smoothing_factor:
+        raise UserError(
+            f"label_smoothing_factor: {args.label_smoothing_factor} would change nothing, none of the losses here has "
+            f"it; leave it out"
+        )
     if args.ddp_find_unused_parameters is None:
         # Every weight that learns has a gradient in every step (`freeze_idle`). Searching would take a micro-batch
         # with several passes, and a router that runs beside them, for several steps.

@@ -20,6 +20,15 @@ from adamba.training.elastic import ElasticArguments, ElasticLossMixin
 from adamba.training.hub_keys import HubKeys
 from adamba.training.optimizers import OptimizerKeys, OptimizerMixin
 
+# Keys that TRL's own preparation, collator and loss read, which nothing here runs, and what they are if left out.
+UNREAD = {
+    "completion_only_loss": None,
+    "eval_packing": None,
+    "loss_type": "nll",
+    "padding_free": False,
+    "truncation_mode": "keep_start",
+}
+
 
 @dataclass
 class MixSFTConfig(SpendingCaps, HubKeys, OptimizerKeys, SFTConfig):
@@ -41,6 +50,9 @@ class MixSFTConfig(SpendingCaps, HubKeys, OptimizerKeys, SFTConfig):
     trust_remote_code: bool = field(default=False, init=False)  # ModelArguments has the key
 
     def __post_init__(self) -> None:
+        for key, left_out in UNREAD.items():
+            if (value := getattr(self, key)) != left_out:
+                raise UserError(f"{key}: {value!r} would change nothing here; leave it out")
         super().__post_init__()
         if self.max_steps <= 0:
             raise UserError(f"max_steps: {self.max_steps} must be given, above 0; the data is a stream without end")
