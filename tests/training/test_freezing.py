@@ -80,6 +80,11 @@ def test_elastic_steps_move_each_trainable_weight_and_no_other(part: str, make_t
         (None, {"exit_gates", "router"}),
         (ElasticArguments(), {"exit_gates", "router"}),
         (ElasticArguments(elastic=True, distill=False), {"router"}),
+        (ElasticArguments(elastic=True, num_sampled_exits=0), {"exit_gates"}),
+        (ElasticArguments(elastic=True, gate_loss_weight=0.0), {"exit_gates"}),
+        (ElasticArguments(elastic=True, router_loss_weight=0.0), {"router"}),
+        (ElasticArguments(elastic=True, width_weights={"think": 1.0}), {"router"}),
+        (ElasticArguments(elastic=True, width_weights={"ghost": 1.0}), set()),
         (ElasticArguments(elastic=True), set()),
     ],
 )
@@ -90,11 +95,11 @@ def test_what_no_loss_reaches_does_not_learn(elastic: ElasticArguments | None, i
     assert frozen == idle
 
 
-@pytest.mark.parametrize("distill", [True, False])
-def test_every_weight_that_learns_has_a_gradient_in_every_step(distill: bool, make_trainer) -> None:
+@pytest.mark.parametrize("keys", [{}, {"distill": False}, {"width_weights": {"think": 1.0}}])
+def test_every_weight_that_learns_has_a_gradient_in_every_step(keys: dict, make_trainer) -> None:
     # Data parallelism waits for each of them; one without a gradient would stop the run at its second step.
     model = hybrid(0, first_exit_layer=2)
-    arguments = ElasticArguments(elastic=True, distill=distill)
+    arguments = ElasticArguments(elastic=True, **keys)
     freeze_idle(model, arguments)
     trainer = make_trainer(model, arguments)
     missing = set()

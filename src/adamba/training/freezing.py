@@ -5,8 +5,8 @@ import re
 from torch import nn
 
 from adamba.errors import UserError
-from adamba.model import AdambaForCausalLM
-from adamba.training.elastic import ElasticArguments
+from adamba.model import AdambaConfig, AdambaForCausalLM
+from adamba.training.elastic import ElasticArguments, by_level
 from adamba.training.sharding import num_weights
 
 # Recipe value of `train_only` -> names of the parameters that learn.
@@ -44,8 +44,14 @@ def freeze_idle(model: nn.Module, elastic: ElasticArguments | None = None) -> No
     """
     if not isinstance(model, AdambaForCausalLM):
         return
-    trains_gates = elastic is not None and elastic.elastic
-    if not trains_gates:
+    on = elastic is not None and elastic.elastic
+    if not (on and elastic.num_sampled_exits and elastic.gate_loss_weight):
         model.model.exit_gates.requires_grad_(False)
-    if not (trains_gates and elastic.distill and len(model.config.width_levels) > 1):
+    if not (on and elastic.distill and elastic.router_loss_weight and _trains_below_full(model.config, elastic)):
         model.model.router.requires_grad_(False)
+
+
+def _trains_below_full(config: AdambaConfig, elastic: ElasticArguments) -> bool:
+    """Whether a width is drawn beside the full one."""
+    every = float(elastic.width_weights is None)
+    return any(by_level(config, "width_weights", elastic.width_weights, otherwise=every)[:-1])
