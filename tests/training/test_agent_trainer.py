@@ -296,6 +296,21 @@ def test_training_stops_at_the_tokens_that_were_allowed(tokenizer, tmp_path: Pat
     assert trainer.state.log_history[-2]["num_generated_tokens"] == trainer.num_generated_tokens
 
 
+def test_tokens_of_turns_that_were_cut_are_counted_where_they_teach_nothing(tokenizer, tmp_path: Path) -> None:
+    team = TeamSettings(select_roles(TEAM, ENVIRONMENTS["plan_path"]), max_turns=3)
+    trainer = AtGrpoTrainer(
+        team_settings=team,
+        model=tiny_model(tokenizer),
+        args=config(tmp_path, mask_truncated_completions=True, max_completion_length=2),
+        train_dataset=path_rows(40),
+        processing_class=tokenizer,
+    )
+    trainer.model.train()
+    trainer._speak = lambda prompts, role: [[5, 6] for _ in prompts]
+    output = trainer._generate_and_score_completions([path_rows(2)[index // 4] for index in range(8)])
+    assert not output["completion_mask"].any() and trainer.num_generated_tokens == 2 * 8
+
+
 def test_longest_episode_of_a_task_sets_the_limit_of_calls() -> None:
     rows = [TASKS["plan_path"].prompt(seed, "train", min_steps=6, moves_per_call=1) for seed in range(20)]
     assert tool_call_limit(rows) == max(2 * row_steps(row) + 2 for row in rows) > 8

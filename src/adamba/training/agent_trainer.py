@@ -54,7 +54,14 @@ class AgentGRPOTrainer(OptimizerMixin, GRPOTrainer):
 
     def _generate(self, prompts: list) -> Any:
         with self._keeping_caches():
-            return super()._generate(prompts)
+            output = super()._generate(prompts)
+        if self.model.training:  # counted here: `mask_truncated_completions` takes rows out of the masks later
+            _, completions, own, *_ = output
+            written = sum(map(len, completions)) if own is None else sum(map(sum, own))
+            counted = torch.tensor(written, device=self.accelerator.device)
+            self.num_generated_tokens += int(self.accelerator.gather(counted).sum())
+            self._metrics["train"][TOKENS] = [float(self.num_generated_tokens)]
+        return output
 
     @contextmanager
     def _keeping_caches(self) -> Iterator[None]:
@@ -98,14 +105,6 @@ class AgentGRPOTrainer(OptimizerMixin, GRPOTrainer):
         options = {"gradient_checkpointing_kwargs": self.args.gradient_checkpointing_kwargs}
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator, **options) as model:
             return self._conversations.turn(model, prompt_ids), None
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
-        if self.model.training:
-            mask = output["completion_mask"] * output.get("tool_mask", 1)
-            self.num_generated_tokens += int(self.accelerator.gather(mask.sum()).sum())
-            self._metrics["train"][TOKENS] = [float(self.num_generated_tokens)]
-        return output
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         inputs = super()._prepare_inputs(generation_batch)
