@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer
 from adamba.data import log_mix
 from adamba.data.arguments import DataArguments
 from adamba.errors import UserError, user_errors
-from adamba.loading import ModelArguments, check_length, load_model_and_tokenizer
+from adamba.loading import ModelArguments, check_length, check_reference, load_model_and_tokenizer
 from adamba.recipe import parse
 from adamba.training.agent_rows import preference_rows
 from adamba.training.caps import SpendingCaps
@@ -88,6 +88,8 @@ def main() -> None:
 
     model, tokenizer = load_model_and_tokenizer(model_args, training=True)
     check_length(model, args.max_length)
+    if not (lora_args.use_peft or args.precompute_ref_log_probs):
+        check_reference(model)
     freeze_idle(model)
     trainer = PreferenceTrainer(
         model=model,

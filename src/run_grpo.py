@@ -18,7 +18,7 @@ from pathlib import Path
 from adamba.data import log_mix
 from adamba.data.arguments import DataArguments
 from adamba.errors import user_errors
-from adamba.loading import ModelArguments, check_length, load_model_and_tokenizer
+from adamba.loading import ModelArguments, check_length, check_reference, load_model_and_tokenizer
 from adamba.recipe import parse
 from adamba.rewards import select_rewards
 from adamba.tasks import ENVIRONMENTS
@@ -53,6 +53,8 @@ def main() -> None:
 
     model, tokenizer = load_model_and_tokenizer(model_args, training=True)
     check_length(model, args.max_completion_length, "max_completion_length")
+    if args.beta and not (lora_args.use_peft or args.policy == "per_role"):
+        check_reference(model)
     freeze_idle(model)
     if args.unsolved_fraction is not None:
         model.to(args.device)

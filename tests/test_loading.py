@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adamba.errors import UserError
-from adamba.loading import ModelArguments, load_checkpoint, load_model, load_model_and_tokenizer
+from adamba.loading import ModelArguments, check_reference, load_checkpoint, load_model, load_model_and_tokenizer
 from models import hybrid, shake, tokens
 from tiny_runs import save_base
 
@@ -43,3 +43,12 @@ def test_a_broken_config_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("{")
     with pytest.raises(UserError, match=f"{name}: not valid JSON"):
         load_checkpoint(str(tmp_path))
+
+
+def test_a_model_with_new_rows_is_no_longer_its_checkpoint(tmp_path: Path) -> None:
+    """TRL would load a reference without these rows, which fails at the first chat token."""
+    size = save_base(tmp_path).config.vocab_size
+    args = ModelArguments(str(tmp_path), add_chat_tokens=True)
+    check_reference(load_model(args, vocab_size=size))
+    with pytest.raises(UserError, match="model_name_or_path: .* has no checkpoint to load the frozen reference from"):
+        check_reference(load_model(args, vocab_size=size + 2))

@@ -118,7 +118,22 @@ def load_model(args: ModelArguments, vocab_size: int | None = None) -> PreTraine
         )
     if args.add_chat_tokens and vocab_size is not None and vocab_size > model.config.vocab_size:
         grow_vocabulary(model, vocab_size)
+        model.config._name_or_path = ""  # it is no longer what lies there
     return model
+
+
+def check_reference(model: PreTrainedModel) -> None:
+    """
+    DPO, and GRPO with a `beta`, learn beside the model as it was, which TRL loads from its checkpoint once more.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not model.config._name_or_path:
+        raise UserError(
+            "model_name_or_path: a model that is new, or that add_chat_tokens gave new rows, has no checkpoint to "
+            "load the frozen reference from; train it with run_sft.py first, or adapters alone with use_peft: true"
+        )
 
 
 def grow_vocabulary(model: PreTrainedModel, vocab_size: int) -> None:

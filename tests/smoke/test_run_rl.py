@@ -185,3 +185,13 @@ def test_the_reference_of_a_branch_of_the_hub_is_that_branch(checkpoint: Path, t
     (state,) = (tmp_path / "out.trainer").glob("*/checkpoint-1/trainer_state.json")
     first = json.loads(state.read_text())["log_history"][0]
     assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0, "nothing has moved yet"
+
+
+@pytest.mark.parametrize(("script", "recipe"), [("run_dpo.py", DPO), ("run_grpo.py", GRPO | {"beta": 0.1})])
+def test_a_model_without_a_checkpoint_has_no_reference(
+    script: str, recipe: dict, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    new = {"depth": 4, "tokenizer_name_or_path": str(checkpoint)}
+    with pytest.raises(SystemExit, match="2"):
+        run_here(script, write(recipe | new, tmp_path), monkeypatch)
+    assert "has no checkpoint to load the frozen reference from" in capsys.readouterr().err
