@@ -138,6 +138,7 @@ def test_grpo_on_what_is_not_solved_yet(
         ("run_dpo.py", {"imitated": ["calculator"]}, "imitated: ['calculator'] teaches nothing with loss_type"),
         ("run_dpo.py", {"imitated": ["chess"], "loss_type": ["sft"]}, "imitated: 'chess' is not in the mix"),
         ("run_dpo.py", {"data_files": {"pairs": "no.jsonl"}, "mix": {"pairs": 1.0}}, "no.jsonl: cannot read"),
+        ("run_grpo.py", {"num_prompts": 1}, "num_prompts: 1 left to train on"),
     ],
 )
 def test_bad_input_gets_one_line(

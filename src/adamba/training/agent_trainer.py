@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from adamba.errors import UserError
 from adamba.model import AdambaForCausalLM
 from adamba.model.decoding_adamba import OPTIONS
 from adamba.tools.calls import OPEN, parse_tool_calls
@@ -44,6 +45,12 @@ class AgentGRPOTrainer(OptimizerMixin, GRPOTrainer):
 
     def __init__(self, *args: Any, max_generated_tokens: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        num_rows, needed = len(self.train_dataset), self.args.generation_batch_size // self.num_generations
+        if num_rows < needed:  # TRL's sampler leaves out what does not fill a batch, and the run would end at step 0
+            raise UserError(
+                f"num_prompts: {num_rows} left to train on (unsolved_fraction may leave out some) do not fill a batch "
+                f"of {needed}: per_device_train_batch_size × steps_per_generation × processes / num_generations"
+            )
         self._conversations: Conversations | None = None
         self._said_how = False
         self.num_generated_tokens = 0
