@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -24,7 +25,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from adamba.data import add_chat_tokens, load_mixture, row_texts, train_tokenizer
@@ -166,8 +166,8 @@ def load_checkpoint(name_or_path: str, dtype: str = "float32", **options) -> Pre
             raise UserError(f"{name_or_path}: {len(names)} {kind} weights, first {sorted(map(str, names))[0]}")
     if "revision" in options and not Path(name_or_path).is_dir():
         # TRL loads DPO's and GRPO's reference by this name alone, which is another branch's; the folder is this one's.
-        config_file = cached_file(name_or_path, "config.json", revision=options["revision"])
-        model.config._name_or_path = str(Path(config_file).parent)
+        config_file = try_to_load_from_cache(name_or_path, "config.json", revision=options["revision"])
+        model.config._name_or_path = str(Path(config_file).parent) if isinstance(config_file, str) else ""
     return model
 
 
