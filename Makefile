@@ -100,7 +100,7 @@ $(KERNELS): $(STAMP)
 test-kernels: $(KERNELS)  ## the GPU's kernels against plain torch without a GPU, in Triton's interpreter: 20 minutes
 	@status=0; export PYTHONPATH=.kernels:tests TRITON_INTERPRET=1 OMP_NUM_THREADS=1; \
 	for how in "none kernels" "tf32 gradients"; do \
-	  words="-m pytest -n 2 -p interpreted_kernels tests/model/test_gpu.py -k $${how#* }"; \
+	  words="-m pytest -n 2 -rP -p interpreted_kernels tests/model/test_gpu.py -k $${how#* }"; \
 	  echo "PYTHONPATH=$$PYTHONPATH TRITON_INTERPRET=1 ROUNDING=$${how% *} $(PY) $$words"; \
 	  ROUNDING=$${how% *} $(OFFLINE) $(PY) $$words $(ARGS) || status=$$?; \
 	done; exit $$status

@@ -8,6 +8,8 @@ kernels in Triton's interpreter.
 
 import os
 from collections.abc import Callable
+from heapq import nlargest
+from operator import itemgetter
 
 import pytest
 import torch
@@ -81,14 +83,22 @@ def test_logits_and_gradients_are_those_of_the_cpu(seed: int, border: int | None
     for width in (None, "ghost"):
         expected = gradients(on_cpu, batch, width)
         found = gradients(on_gpu, {key: value.to(DEVICE) for key, value in batch.items()}, width)
-        assert distance(found.pop("logits"), expected["logits"]) < tolerance
+        off = distance(found.pop("logits"), expected["logits"])
+        print(f"{width or 'full width'}: logits {off:.1e}")  # pytest -rP shows it
+        assert off < tolerance
         drawn = [gradients(on_cpu, batch, width, unit, draw) for draw in range(4)]
         largest = max(float(grad.norm()) for name, grad in expected.items() if name != "logits")
-        for name, grad in found.items():
-            if expected[name].norm() > 1e-3 * largest:
-                # Seed 2 packed: what tokens give to one gradient of D cancels, and 2 ** -11 moves it by a quarter.
-                moved = max(distance(other[name], expected[name]) for other in drawn)
-                assert distance(grad, expected[name]) < max(3 * tolerance, 2 * moved), name
+        distances = {
+            name: distance(grad, expected[name])
+            for name, grad in found.items()
+            if expected[name].norm() > 1e-3 * largest
+        }
+        worst = nlargest(2, distances.items(), itemgetter(1))
+        print("gradients", *(f"{off:.1e} {name}" for name, off in worst))
+        for name, off in distances.items():
+            # Seed 2 packed: what tokens give to one gradient of D cancels, and 2 ** -11 moves it by a quarter.
+            moved = max(distance(other[name], expected[name]) for other in drawn)
+            assert off < max(3 * tolerance, 2 * moved), name
 
 
 def gradients(
