@@ -121,6 +121,13 @@ def test_imitated_sources_have_no_worse_turn_and_must_be_in_the_mix() -> None:
             "line 1: .* a control token",
         ),
         (json.dumps(PAIR | {"rejected": GOOD}), "line 1: chosen and rejected are the same"),
+        (json.dumps(PAIR | {"tools": 5}), "line 1: tools that are not a list"),
+        (json.dumps(PAIR | {"tools": "calculator"}), "line 1: tools that are not JSON"),
+        (json.dumps(PAIR | {"tools": [5]}), "line 1: a function without a name"),
+        (
+            json.dumps(PAIR | {"prompt": [{"role": "user", "content": "\ud800"}]}),
+            "line 1: text that is not Unicode",
+        ),
         ("\n\n", "holds no trajectories"),
     ],
 )
@@ -146,3 +153,29 @@ def test_other_line_separators_may_stand_inside_a_text(tmp_path: Path) -> None:
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(ValueError, match="nowhere.jsonl: cannot read"):
         read_pairs("nowhere.jsonl")
+
+
+@pytest.mark.parametrize("written", ["list", "text", "bare"])
+def test_tools_of_a_pair_are_schemas_however_they_are_written(written: str, tmp_path: Path) -> None:
+    """JSON text, as columns of tables hold it, would be a list of its characters."""
+    path = tmp_path / "pairs.jsonl"
+    function = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    schemas = [{"type": "function", "function": function}]
+    tools = {"list": schemas, "text": json.dumps(schemas), "bare": [function]}[written]
+    path.write_text(json.dumps(PAIR | {"tools": tools}))
+    options: dict[str, Any] = {"split": "train", "seed": 0, "settings": {}, "data_files": {"pairs": str(path)}}
+    assert preference_rows({"pairs": 1.0}, 1, **options)[0]["tools"] == schemas
+
+
+def test_a_pair_keeps_all_of_a_tools_schema(tmp_path: Path) -> None:
+    """What a checkpoint played with is what it learns from, the type of the result included."""
+    row = TASKS["calculator"].preference(1, "train")
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(row))
+    assert read_pairs(str(path))[0]["tools"] == row["tools"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_pair(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(PAIR), encoding="utf-8-sig")
+    assert len(read_pairs(str(path))) == 1

@@ -9,8 +9,8 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, Value
 
-from adamba.data.formats.conversation import SPECIAL_TEXTS, DroppedRow
-from adamba.data.formats.plain import check_message
+from adamba.data.formats.conversation import SPECIAL_TEXTS, DroppedRow, check_unicode
+from adamba.data.formats.plain import check_message, check_tools
 from adamba.data.sources import is_held_out
 from adamba.errors import UserError
 from adamba.tasks import TASKS, Split, Task
@@ -110,8 +110,8 @@ def read_pairs(path: str) -> list[Row]:
         UserError: naming the file and the line that is not a pair of two different answers to one prompt.
     """
     try:
-        # Not `splitlines`: inside a JSON text a line may hold other separators, as U+2028.
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        # Not `splitlines`: inside a JSON text a line may hold other separators, as U+2028. `-sig`: some editors' mark.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"{path}: cannot read these trajectories: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -133,10 +133,25 @@ def read_pairs(path: str) -> list[Row]:
                     raise UserError(f"{path}: line {number}: key '{column}': {problem}")
         if row["chosen"] == row["rejected"]:
             raise UserError(f"{path}: line {number}: chosen and rejected are the same")
-        rows.append({column: row[column] for column in PAIR_COLUMNS} | {"tools": row.get("tools") or []})
+        try:
+            pair = {column: row[column] for column in PAIR_COLUMNS} | {"tools": _tools(row.get("tools"))}
+            rows.append(check_unicode(pair))
+        except DroppedRow as reason:
+            raise UserError(f"{path}: line {number}: {reason}") from None
     if not rows:
         raise UserError(f"{path}: holds no trajectories")
     return rows
+
+
+def _tools(tools: Any) -> list[Any]:
+    """The tools from a list, its JSON text or None. Whole schemas stay as they are: a template may write all of one.
+
+    Raises:
+        DroppedRow: it is not a list of functions.
+    """
+    checked = check_tools(tools)
+    given = json.loads(tools or "[]") if isinstance(tools, str) else tools or []
+    return [tool if "function" in tool else schema for tool, schema in zip(given, checked, strict=True)]
 
 
 def _problem(message: Any) -> str | None:
