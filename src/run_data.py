@@ -133,7 +133,7 @@ def check(options: argparse.Namespace, data_args: DataArguments) -> None:
             console.print(f"[green]✓[/green] {source}: {len(rows)} rows read{dropped}")
     if problems:
         found = f"{len(problems)} of {len(data_args.mix)} sources cannot be read"
-        raise UserError(f"{options.target}: {found}: {problems[0]}")
+        raise UserError(f"{options.target}: {found}: {', '.join(problems)}")
 
 
 @user_errors()

@@ -99,6 +99,8 @@ def test_check_reports_each_source(run, tmp_path, capsys):
     assert "✓ calculator: 20 rows read" in output and "✓ glaive_fc: 7 rows read, 9 of 16 rows dropped" in output
     message = refused(run, capsys, "check", recipe(tmp_path, data_files={"glaive_fc": "nowhere.json"}))
     assert message.endswith("1 of 2 sources cannot be read: glaive_fc")
+    mix = {"mix": {"calculator": 1.0, "toolbench": 1.0, "rollouts": 1.0}}
+    assert refused(run, capsys, "check", recipe(tmp_path, **mix)).endswith("cannot be read: rollouts, toolbench")
 
 
 def test_truncated_file_is_named_or_salvaged(run, tmp_path, capsys):
