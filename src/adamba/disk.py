@@ -23,7 +23,7 @@ def check_output_dir(output_dir: str | Path, num_bytes: int = 0, what: str = "th
         UserError: naming the folder, and both sizes.
     """
     output_dir = Path(output_dir)
-    if output_dir.is_file():
+    if output_dir.exists() and not output_dir.is_dir():  # a device too, as /dev/null
         raise UserError(f"output_dir: {output_dir} is a file; name a folder")
     present = next(folder for folder in output_dir.absolute().parents if folder.exists())
     try:

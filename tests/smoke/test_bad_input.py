@@ -142,6 +142,7 @@ def test_a_recipe_that_is_none(text: str, tmp_path: Path, monkeypatch, capsys) -
         ({"task_settings": {"chess": {}}}, "settings: 'chess' is no task"),
         ({"data_files": {"calculator": "a.jsonl"}}, "data_files: 'calculator' is a task and makes its own rows"),
         ({"output_dir": "x.yaml"}, "output_dir: x.yaml is a file; name a folder"),
+        ({"output_dir": "/dev/null"}, "output_dir: /dev/null is a file; name a folder"),
         ({"optim": "adam_best"}, "x.yaml: key 'optim'"),
         ({"lr_scheduler_type": "zigzag"}, "x.yaml: key 'lr_scheduler_type'"),
         ({"learning_rate": 1e18, "max_grad_norm": 0.0}, "learning_rate: 1e+18 is too high, "),
