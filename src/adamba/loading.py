@@ -243,6 +243,12 @@ def check_config_file(name_or_path: str) -> None:
         _read_json(folder / "generation_config.json")  # transformers would make another one in silence
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(f"{folder / 'config.json'}: key 'model_type' is missing; this is not a transformers model")
+    pickled = min((path.name for path in folder.glob("pytorch_model*.bin")), default=None)
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder}: its weights are a pickle ({pickled}), which could run code and is not read; where you trust "
+            "it, load it with transformers and write it with save_pretrained, which makes model.safetensors"
+        )
 
 
 def _read_json(path: Path) -> Any:
