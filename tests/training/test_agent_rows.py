@@ -34,6 +34,8 @@ def test_unknown_sources_are_refused() -> None:
         prompt_rows({"chess": 1.0}, 1, split="train", seed=0, settings={})
     with pytest.raises(ValueError, match="task_settings: 'chess'"):
         prompt_rows(MIX, 1, split="train", seed=0, settings={"chess": {}})
+    with pytest.raises(ValueError, match=r"mix: 'rollouts' is no task .*; give its pairs: --data_files rollouts="):
+        preference_rows({"rollouts": 1.0}, 1, split="train", seed=0, settings={}, data_files={})
 
 
 def test_trajectories_repeat_and_mix_with_tasks(tmp_path: Path) -> None:

@@ -66,6 +66,10 @@ def preference_rows(
         UserError: a source that is neither a task nor in `data_files`, a row of a file that is no pair, a file without
             a pair of this split, or an imitated source that is not in the mix.
     """
+    for name in mix:
+        if name not in TASKS and name not in data_files:  # a card may name it, but its rows are not fetched here
+            known = ", ".join(TASKS)
+            raise UserError(f"mix: {name!r} is no task ({known}); give its pairs: --data_files {name}=PAIRS.jsonl")
     _check_sources(mix, settings, [*TASKS, *data_files])
     for name in imitated:
         if name not in mix:
