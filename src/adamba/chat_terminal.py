@@ -10,7 +10,7 @@ from rich.table import Table
 
 from adamba.chat import Answer, ChatSession
 from adamba.chat_game import GameAgainstUser
-from adamba.errors import UserError, one_line
+from adamba.errors import UserError, one_line, printable
 from adamba.tasks.tic_tac_toe_rules import legal_moves
 from adamba.tools import ToolCall
 
@@ -28,11 +28,6 @@ COMMANDS = {
 
 class NewGame(Exception):
     """The user wants to begin anew in the middle of a game."""
-
-
-def printable(text: str) -> str:
-    """The text without control characters: what a model writes must not steer the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 class TurnText:

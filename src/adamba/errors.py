@@ -30,3 +30,8 @@ def user_errors() -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """The error's message with every run of white space, line breaks included, as one space."""
     return " ".join(str(error).split())
+
+
+def printable(text: str) -> str:
+    """The text without control characters: what a model or a stranger's data holds must not steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -48,6 +48,9 @@ def test_show_renders_rows_as_the_model_sees_them(run, monkeypatch):
     assert text.plain.startswith("<|im_start|>user\nSummarize") and text.plain.endswith("Traffic.<|im_end|>")
     green = [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)]
     assert green == ["Here are the main ideas: 1. Traffic.<|im_end|>"]
+    steering = [{"role": "user", "content": "a\u202eb\x1b[2J"}, {"role": "assistant", "content": "c"}]
+    shown_safely = run_data.coloured({"messages": steering}, shown[0][1]).plain
+    assert "b\ufffd[2J" in shown_safely and "\u202e" not in shown_safely
 
 
 @pytest.mark.parametrize("source", ["calculator", "tic_tac_toe", "pydoc_topics"])

@@ -18,6 +18,7 @@ from adamba.data.mixture import load_mixture
 from adamba.data.render import Renderer, row_texts
 from adamba.data.sources import Conversion, open_source, rows_of
 from adamba.data.tokenizer import train_tokenizer
+from adamba.errors import printable
 
 LOOK_VOCAB_SIZE = 4096
 BAR_WIDTH = 40
@@ -88,7 +89,7 @@ def coloured(row: dict[str, Any], renderer: Renderer) -> Text:
     text = Text()
     for trained, group in itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
         piece = renderer.tokenizer.decode([token for token, _ in group])
-        text.append(piece, style="bold green" if trained else "dim")
+        text.append(printable(piece), style="bold green" if trained else "dim")
     return text
 
 
