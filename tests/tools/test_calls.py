@@ -27,6 +27,8 @@ CALL = ToolCall("calculator", {"expression": "5 + 3"})
         ("5 + 3 # Answer", "5 + 3 # Answer", []),
         (f"<think>\nI could say {GOOD} or <tool_call>{{\n</think>\n\n{GOOD}", "", [CALL]),
         (f"<think>\n{GOOD}\n</think>\n\nAnswer: 8", "Answer: 8", []),
+        (f"<think>\nIs it {GOOD}? Answer: 8", "", []),
+        (f"Hm. <think>{GOOD}</think>{GOOD}<think>\n{GOOD}", "Hm.", [CALL]),
         ("", "", []),
     ],
 )

@@ -279,6 +279,20 @@ def test_a_turn_that_is_cut_is_known_from_one_that_ended(tokenizer: PreTrainedTo
         assert episode.cut is cut and episode.finished
 
 
+def test_what_is_only_thought_is_neither_called_nor_an_answer_as_in_training(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    [row] = sums(1)
+    call = CALL.format("calculator", '{"expression": "1 + 1"}')
+    prefix = tokenizer.encode("<|im_start|>assistant\n")
+    for said in (f"<think>\n{call}", f'<think>\nso # Answer: "{row["answer"]}"', f"Hm. <think>\n{call}"):
+        [episode] = play(Scripted(tokenizer, lambda context, said=said: said), tokenizer, [row])
+        assert episode.outcome["score"] == episode.valid_calls == episode.invalid_calls == 0
+        trained_on = parse_response(tokenizer, tokenizer.encode(said + "<|im_end|>"), prefix=prefix)
+        assert episode.final_text == trained_on["content"] and "tool_calls" not in trained_on
+        assert episode.messages[-1] == {"role": "assistant", "content": said}, "as it was written"
+
+
 def test_the_longest_puzzle_can_be_played_to_its_end(tokenizer: PreTrainedTokenizerFast) -> None:
     """A sudoku of 50 empty cells takes its solver 13 calls, and may take 28."""
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-# The call runs to its closing tag, or to the end of the text when the tag is missing.
-CALL = re.compile(re.escape(OPEN) + r"(.*?)(?:" + re.escape(CLOSE) + r"|\Z)", re.DOTALL)
-THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # as the tokenizer's response template has it
+# Thoughts and calls as the tokenizer's response template has them, which training reads with: the one that opens first
+# runs to its closing tag, or to the end of the text when the tag is missing.
+PIECE = re.compile(rf"<think>.*?(?:</think>|\Z)|{OPEN}(?P<call>.*?)(?:{CLOSE}|\Z)", re.DOTALL)
+FIRST_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # the only one that a message has a field for
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,12 @@ class ToolCall:
 
 
 def parse_tool_calls(text: str) -> tuple[str, list[ToolCall]]:
-    """Split an assistant's text into its content and its tool calls, in order; what it thought first is neither.
+    """Split an assistant's text into its content and its tool calls, in order; what it thought is neither.
 
     A call that cannot be read is kept, with `error` saying why: it must be answered, not silently dropped.
     """
-    thought = THOUGHT.match(text)
-    text = text[thought.end() :] if thought else text
-    calls = [_parse(match.group(1)) for match in CALL.finditer(text)]
-    return CALL.sub("", text).strip(), calls
+    calls = [_parse(match["call"]) for match in PIECE.finditer(text) if match["call"] is not None]
+    return PIECE.sub("", text).strip(), calls
 
 
 def _parse(body: str) -> ToolCall:

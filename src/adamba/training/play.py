@@ -11,7 +11,7 @@ from adamba.data.render import chat_ids
 from adamba.errors import UserError
 from adamba.tasks import ENVIRONMENTS, tool_methods, tool_schemas
 from adamba.tools import parse_tool_calls, run_tool_call
-from adamba.tools.calls import THOUGHT
+from adamba.tools.calls import FIRST_THOUGHT, PIECE
 
 Message = dict[str, Any]
 Row = dict[str, Any]
@@ -24,7 +24,8 @@ class Episode:
 
     Attributes:
         row: The task row it was played from.
-        messages: The whole conversation, prompt included. A turn with a call that could not be read is its text.
+        messages: The whole conversation, prompt included. A turn with a call that could not be read, or a
+            thought that does not come first or has no end, is its text.
         final_text: What the model said last without calling a tool; empty when it never did.
         outcome: The environment's `_outcome`.
         valid_calls: Tool calls that ran and that the environment accepted.
@@ -217,21 +218,22 @@ def _take_turn(item: _Live, new_ids: list[int], tokenizer: PreTrainedTokenizerBa
     if episode.cut:  # close the turn, as the template has it
         item.ids.append(tokenizer.eos_token_id)
     text = tokenizer.decode(new_ids, skip_special_tokens=True)
-    thought = THOUGHT.match(text)
+    thought = FIRST_THOUGHT.match(text)
     content, calls = parse_tool_calls(text)
     message: Message = {"role": "assistant", "content": content}
     if thought and thought[1].strip():
         message["reasoning_content"] = thought[1].strip("\n")
+    if calls:
+        message["tool_calls"] = [
+            {"type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in calls
+        ]
+    later_thought = any(piece["call"] is None for piece in PIECE.finditer(text, thought.end() if thought else 0))
+    if later_thought or any(call.error for call in calls):  # DPO must reject what was written, not what was understood
+        message = {"role": "assistant", "content": text}
     episode.messages.append(message)
     if not calls:
         episode.final_text, episode.finished = content, True
         return False
-    if any(call.error for call in calls):  # DPO must reject what was written, not what was understood of it
-        episode.messages[-1] = {"role": "assistant", "content": text}
-    else:
-        message["tool_calls"] = [
-            {"type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in calls
-        ]
     if item.last_turn:  # the environment was done, yet the model called again
         episode.invalid_calls += len(calls)
         return False
