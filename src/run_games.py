@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from adamba.recipe import parse
 from adamba.recipe_file import read_recipe
 from adamba.report.measures import wilson_interval
 from adamba.tasks import TASKS
-from adamba.tasks.roles import select_roles
+from adamba.tasks.roles import DEFAULT_ROLES, select_roles
 from adamba.tasks.task import refuse_unknown_settings
 from adamba.training.agent_config import tool_call_limit
 from adamba.training.evaluation import GameSettings, task_rows
@@ -103,7 +104,7 @@ def main() -> None:
 
 def ways_to_play(
     folder: Path, has_adapters: bool
-) -> tuple[str, dict[str, Any], dict[str, Any] | list[str], dict[str, dict[str, str] | None]]:
+) -> tuple[str, dict[str, Any], dict[str, Any] | Sequence[str], dict[str, dict[str, str] | None]]:
     """The task, its settings, the roles, and way → adapters, as the recipe in a checkpoint says it was trained.
 
     Raises:
@@ -116,7 +117,7 @@ def ways_to_play(
             f"{folder / 'recipe.yaml'}: key 'mix': needs exactly one task, has {', '.join(tasks) or 'none'}"
         )
     settings = dict((recipe.get("task_settings") or {}).get(tasks[0], {}))
-    shown_roles, fraction = settings.pop("roles", None), settings.pop("role_fraction", 0.0)
+    shown_roles, fraction = settings.pop("roles", DEFAULT_ROLES), settings.pop("role_fraction", 0.0)
     roles = recipe.get("roles") or shown_roles
     ways: dict[str, dict[str, str] | None] = {"team": None}
     if not recipe.get("roles"):

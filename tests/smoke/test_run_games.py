@@ -14,8 +14,10 @@ from adamba.loading import ModelArguments, load_checkpoint, load_model_and_token
 from adamba.model import AdambaForCausalLM
 from adamba.recipe_file import read_recipe
 from adamba.tasks import TASKS
+from adamba.tasks.roles import select_roles
 from adamba.training.role_adapters import load_roles
 from models import smallest_config
+from run_games import ways_to_play
 from tiny_runs import runner, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +126,14 @@ def test_bad_keys_stop_in_one_line(run, checkpoint, tmp_path: Path, capsys, chan
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code == 2 and last.startswith("error: ") and message in last
     assert not (tmp_path / "out").exists()
+
+
+def test_roles_that_a_recipe_leaves_to_the_task_are_played(tmp_path: Path) -> None:
+    settings = {"plan_path": {"role_fraction": 0.5}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"mix": {"plan_path": 1.0}, "task_settings": settings}))
+    task, _, roles, ways = ways_to_play(tmp_path, has_adapters=False)
+    assert list(ways) == ["single", "team"]
+    assert [role.name for role in select_roles(roles, TASKS[task].environment)] == ["planner", "actor"]
 
 
 def test_a_checkpoint_of_several_tasks_is_not_played(run, checkpoint, tmp_path: Path, capsys) -> None:

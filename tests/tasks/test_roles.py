@@ -29,12 +29,23 @@ def test_roles_come_in_their_order_with_their_own_prompts() -> None:
         (["coder"], "no tool named 'submit' in PlanPathEnvironment"),
         (["planner"], "roles: planner cannot act"),
         ({}, "roles: none cannot act"),
+        (None, "roles: got null, needs mapping of text to .* or list of text"),
+        ("planner", "roles: got 'planner' .text., needs mapping"),
+        ({"actor": 3}, "roles: actor: got 3 .a whole number., needs mapping"),
+        ({"actor": {"tools": "move"}}, "roles: actor: tools: got 'move' .text., needs list of text"),
+        ({"actor": {"system_prompt": 5}}, "roles: actor: system_prompt: got 5 .a whole number., needs text"),
     ],
 )
 def test_a_bad_team_gets_one_line(given, message: str) -> None:
     with pytest.raises(UserError, match=message) as refused:
         select_roles(given, PATH)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("fraction", ["some", None, 1.5, float("nan")])
+def test_a_bad_share_of_roles_gets_one_line(fraction: object) -> None:
+    with pytest.raises(UserError, match="role_fraction: .*(needs number|must be between 0 and 1)"):
+        TASKS["plan_path"].example(0, "train", role_fraction=fraction)
 
 
 @pytest.mark.parametrize("name", ["plan_path", "sudoku", "sokoban"])

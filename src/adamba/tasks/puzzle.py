@@ -7,15 +7,29 @@ several candidates, or several roles, can act from it. `_observation` is the sta
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from adamba.tasks.roles import role_example, select_roles
-from adamba.tasks.task import Message, Row, Split, Task, tool_call, tool_schemas
+from adamba.errors import UserError
+from adamba.tasks.roles import DEFAULT_ROLES, role_example, select_roles
+from adamba.tasks.task import Message, Row, Split, Task, settings_from, tool_call, tool_schemas
 
 MAX_ILLEGAL_CALLS = 3
 ILLEGAL_CALL_PENALTY = 0.1
 MAX_PROGRESS_CREDIT = 0.2  # an unsolved puzzle scores at most this
 SOLVED, NOT_SOLVED = "Solved.", "Not solved."
+
+
+@dataclass(frozen=True)
+class ShownRoles:
+    """Settings of a puzzle's examples alone: the roles that some show, and how many do."""
+
+    roles: Any = DEFAULT_ROLES
+    role_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.role_fraction <= 1:
+            raise UserError(f"role_fraction: {self.role_fraction} must be between 0 and 1")
 
 
 class PuzzleEnvironment(ABC):
@@ -127,12 +141,13 @@ def puzzle_task(
     def example(seed: int, split: Split, **settings: object) -> Row:
         """One puzzle as the solver plays it; or, with `roles` in the settings, for `role_fraction` of the examples one
         turn of one of these roles."""
-        roles = select_roles(settings.pop("roles", ("planner", "actor")), environment_class)  # type: ignore[arg-type]
-        role_fraction = float(settings.pop("role_fraction", 0.0))  # type: ignore[arg-type]
+        given: dict[str, Any] = {key: settings.pop(key) for key in ("roles", "role_fraction") if key in settings}
+        shown = settings_from(ShownRoles, name, given)
+        roles = select_roles(shown.roles, environment_class)
         row = prompt(seed, split, **settings)
         environment = environment_class()
         environment.reset(**row)
-        if random.Random(f"{name}/kind/{split}/{seed}").random() < role_fraction:
+        if random.Random(f"{name}/kind/{split}/{seed}").random() < shown.role_fraction:
             return role_example(environment, roles, worse, name, seed, split)
         messages: list[Message] = list(row["prompt"])
         while not environment._done:

@@ -7,11 +7,12 @@ before it in this turn.
 
 import copy
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from adamba.errors import UserError
+from adamba.recipe_values import fit
 from adamba.tasks.task import Message, Row, Split, tool_schemas
 
 WRONG_NOTE_FRACTION = 0.25  # of the solver's callers are told something worse and do right all the same
@@ -47,27 +48,29 @@ ROLES: dict[str, Role] = {
         Role("solver", "Answer.", "answer"),
     )
 }
-SETTINGS = [field.name for field in fields(Role) if field.name in ("system_prompt", "tools")]
+SETTINGS: dict[str, Any] = {"system_prompt": str, "tools": tuple[str, ...]}  # of a role that a recipe may change
+DEFAULT_ROLES = ("planner", "actor")  # of a puzzle's examples, where the recipe names none
 
 
-def select_roles(given: Iterable[str] | Mapping[str, Any], environment_class: type) -> tuple[Role, ...]:
+def select_roles(given: Sequence[str] | dict[str, Any], environment_class: type) -> tuple[Role, ...]:
     """Roles in their order, from names or from name → `{system_prompt, tools}`.
 
     Raises:
-        UserError: an unknown role, setting or tool, no role, or none that can change or end anything.
+        UserError: an unknown role, setting or tool, a value of another type, no role, or none that can change or end
+            anything.
     """
-    overrides = given if isinstance(given, Mapping) else dict.fromkeys(given)
+    fitting = _fit("roles", given, dict[str, Any] | list[str])
+    overrides = fitting if isinstance(fitting, dict) else dict.fromkeys(fitting)
     known_tools = [schema["function"]["name"] for schema in tool_schemas(environment_class)]
     roles = []
-    for name, changes in overrides.items():
+    for name, given_changes in overrides.items():
         if name not in ROLES:
             raise UserError(f"roles: unknown role {name!r}; known roles are {', '.join(ROLES)}")
-        for key in changes or {}:
+        changes = _fit(f"roles: {name}", given_changes, dict[str, Any] | None) or {}
+        for key in changes:
             if key not in SETTINGS:
                 raise UserError(f"roles: {name}: unknown key {key!r}; known keys are {', '.join(SETTINGS)}")
-        changes = dict(changes or {})
-        if "tools" in changes:
-            changes["tools"] = tuple(changes["tools"])
+        changes = {key: _fit(f"roles: {name}: {key}", value, SETTINGS[key]) for key, value in changes.items()}
         role = replace(ROLES[name], **changes)
         for tool in role.tools:
             if tool not in known_tools:
@@ -79,6 +82,13 @@ def select_roles(given: Iterable[str] | Mapping[str, Any], environment_class: ty
     if all(role.speaks == "proposal" for role in roles):
         raise UserError(f"roles: {', '.join(overrides) or 'none'} cannot act; add one that does, for instance actor")
     return tuple(roles)
+
+
+def _fit(place: str, value: Any, hint: Any) -> Any:
+    try:
+        return fit(value, hint)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from None
 
 
 def role_messages(role: Role, observation: str, notes: Sequence[tuple[str, str]]) -> list[Message]:
