@@ -252,7 +252,16 @@ def test_a_loop_of_calls_ends(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"exit_threshold": 1.5}, {"exit_mode": "guess"}, {"temperature": -1.0}, {"width": "huge"}]
+    "changes",
+    [
+        {"exit_threshold": 1.5},
+        {"exit_mode": "guess"},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"width": "huge"},
+        {"width": "6²"},
+    ],
 )
 def test_a_bad_option_is_one_line_and_changes_nothing(
     tokenizer: PreTrainedTokenizerFast, hybrid: AdambaForCausalLM, changes: dict[str, Any]

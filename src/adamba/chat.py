@@ -59,8 +59,8 @@ class ChatOptions:
             raise UserError(f"exit_threshold: {self.exit_threshold} must be a probability from 0 to 1")
         if self.exit_mode is not None and self.exit_mode not in EXIT_MODES:
             raise UserError(f"exit_mode: {self.exit_mode!r} is unknown; use {' or '.join(EXIT_MODES)}")
-        if self.temperature < 0:
-            raise UserError(f"temperature: {self.temperature} must not be negative")
+        if not 0 <= self.temperature < float("inf"):  # nan too, which would sample nothing and say so nowhere
+            raise UserError(f"temperature: {self.temperature} must be a finite number from 0 on")
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens: {self.max_new_tokens} must be at least 1")
 
@@ -194,7 +194,7 @@ class ChatSession:
             if options.width is not None:
                 raise UserError(f"width: {options.width} is not possible; this checkpoint is a dense model")
             return chosen
-        width = int(options.width) if options.width and options.width.isdigit() else options.width
+        width = int(options.width) if options.width and options.width.isdecimal() else options.width
         if width != "auto":
             try:
                 self.model.config.resolve_width(width)
