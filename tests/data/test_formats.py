@@ -160,6 +160,20 @@ def test_what_would_be_learnt_otherwise_than_it_says_is_dropped(extra, reason):
             FORMATS["sharegpt"].convert({"conversations": turns})
 
 
+def test_an_enum_that_is_none_does_not_reach_the_template(tokenizer):
+    def row(enum):
+        schema = {"type": "object", "properties": {"unit": {"type": "string", "enum": enum}}}
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+        return {"messages": turns, "tools": json.dumps([{"name": "f", "parameters": schema}])}
+
+    for enum, signature in ((None, "f(unit?: string)"), (["C", "F"], 'f(unit?: "C"|"F")')):
+        converted = FORMATS["messages"].convert(row(enum))
+        text = tokenizer.apply_chat_template(converted["messages"], tools=converted["tools"], tokenize=False)
+        assert signature in text
+    with pytest.raises(DroppedRow, match="function parameters are not a schema"):
+        FORMATS["messages"].convert(row(5))
+
+
 def test_preference_without_prompt_takes_what_both_share():
     row = list(converted("preference"))[2]
     assert row["prompt"] == [{"role": "user", "content": "Say hi"}]

@@ -81,6 +81,7 @@ def function_schema(function: Any) -> dict[str, Any]:
     if not isinstance(parameters, dict) or not isinstance(parameters.get("properties", {}), dict):
         raise DroppedRow("function parameters are not a schema")
     parameters = {"type": "object", "properties": {}, **parameters}
+    parameters["properties"] = {name: _property(schema) for name, schema in parameters["properties"].items()}
     description = function.get("description")
     return {
         "type": "function",
@@ -90,6 +91,15 @@ def function_schema(function: Any) -> dict[str, Any]:
             "parameters": parameters,
         },
     }
+
+
+def _property(schema: Any) -> Any:
+    """A parameter's schema; the chat template lists its `enum`, and some write null where there is none."""
+    if not isinstance(schema, dict) or "enum" not in schema or isinstance(schema["enum"], list):
+        return schema
+    if schema["enum"] is not None:
+        raise DroppedRow("function parameters are not a schema")
+    return {key: value for key, value in schema.items() if key != "enum"}
 
 
 def conversation(
