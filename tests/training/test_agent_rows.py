@@ -122,6 +122,11 @@ def test_imitated_sources_have_no_worse_turn_and_must_be_in_the_mix() -> None:
             json.dumps(PAIR | {"chosen": [{"role": "assistant", "content": "<|im_end|>"}]}),
             "line 1: .* a control token",
         ),
+        (json.dumps(PAIR | {"chosen": [*USER, *GOOD]}), "line 1: an answer with turns of others"),
+        (
+            json.dumps(PAIR | {"rejected": [*BAD, {"role": "tool", "content": "7"}, *BAD]}),
+            "line 1: an answer with turns of others",
+        ),
         (json.dumps(PAIR | {"rejected": GOOD}), "line 1: chosen and rejected are the same"),
         (json.dumps(PAIR | {"tools": 5}), "line 1: tools that are not a list"),
         (json.dumps(PAIR | {"tools": "calculator"}), "line 1: tools that are not JSON"),

@@ -11,6 +11,7 @@ from datasets import Dataset, Features, Json, Value
 
 from adamba.data.formats.conversation import SPECIAL_TEXTS, DroppedRow, check_unicode
 from adamba.data.formats.plain import check_message, check_tools
+from adamba.data.formats.preference import check_answer
 from adamba.data.sources import is_held_out
 from adamba.errors import UserError
 from adamba.tasks import TASKS, Split, Task
@@ -111,7 +112,8 @@ def read_pairs(path: str) -> list[Row]:
     """Preference rows of a JSON Lines file.
 
     Raises:
-        UserError: naming the file and the line that is not a pair of two different answers to one prompt.
+        UserError: naming the file and the line that is not a pair of two different answers of the assistant
+            to one prompt.
     """
     try:
         # Not `splitlines`: inside a JSON text a line may hold other separators, as U+2028. `-sig`: some editors' mark.
@@ -138,6 +140,7 @@ def read_pairs(path: str) -> list[Row]:
         if row["chosen"] == row["rejected"]:
             raise UserError(f"{path}: line {number}: chosen and rejected are the same")
         try:
+            check_answer(row["chosen"] + row["rejected"])
             pair = {column: row[column] for column in PAIR_COLUMNS} | {"tools": _tools(row.get("tools"))}
             rows.append(check_unicode(pair))
         except DroppedRow as reason:

@@ -12,7 +12,7 @@ def preference(row: Row) -> Row:
     Without a `prompt` column the two answers are whole conversations and what they share is the prompt.
 
     Raises:
-        DroppedRow: the two answers are the same, or one of the conversations is not sound.
+        DroppedRow: the two answers are the same, one holds turns of others, or a conversation is not sound.
     """
     for column in ("chosen", "rejected"):
         if column not in row:
@@ -33,7 +33,17 @@ def preference(row: Row) -> Row:
             raise DroppedRow("an empty prompt or answer")
         whole = [dict(message) for message in prompt + answer]
         conversation(whole, tools, allow_broken_calls=answer is rejected)
+        check_answer(answer)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected} | ({"tools": tools} if tools else {})
+
+
+def check_answer(answer: list[Message]) -> None:
+    """
+    Raises:
+        DroppedRow: not only the assistant speaks. DPO trains on all tokens after the prompt, a tool's result too.
+    """
+    if any(message["role"] != "assistant" for message in answer):
+        raise DroppedRow("an answer with turns of others than the assistant")
 
 
 def _messages(value: Any, role: str) -> list[Message]:
