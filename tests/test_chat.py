@@ -249,6 +249,7 @@ def test_a_loop_of_calls_ends(tokenizer: PreTrainedTokenizerFast) -> None:
     view = Record()
     session.answer("Calculate", view)
     assert len(view.events) == 24 and view.events[-1][1].startswith("error")
+    assert tokenizer.decode(session.ids).endswith("</tool_response><|im_start|>assistant\n<|im_end|>"), "left open"
 
 
 @pytest.mark.parametrize(

@@ -243,10 +243,12 @@ class ChatSession:
             for _ in range(MAX_TURNS):
                 calls = self._turn(answer, view)
                 if not calls or answer.interrupted:
-                    break
+                    return answer
                 self._run_tools(calls, environment, view, answer)
                 if answer.interrupted:
                     break
+            # The results have opened a turn in which nothing will be said; the user's must not begin inside it.
+            self.ids = self.ids + [self.tokenizer.eos_token_id]
         except UserError:
             self.ids = self.ids[:start]
             raise
