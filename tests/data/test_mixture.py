@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from adamba.data import load_mixture, log_mix, materialise, parse_mix
 from adamba.data.python_docs import python_docs_rows
+from adamba.data.render import Renderer
 from adamba.tasks import TASKS
 
 MIX = {"calculator": 1.0, "tic_tac_toe": 0.5, "pydoc_topics": 0.5}
@@ -126,6 +127,14 @@ def test_resume_is_exact():
     resumed = load_mixture(MIX, split="train", seed=5)
     resumed.load_state_dict(state)
     assert keys(take(resumed, 50)) == expected
+
+
+def test_a_materialised_row_keeps_a_number_of_any_size(tokenizer):
+    """The table's own reader would hand over the whole message as one text."""
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"n": 10**30, "text": "ü"}}}]
+    row = {"messages": [{"role": "assistant", "content": "", "tool_calls": calls}], "tools": []}
+    [kept] = materialise([row], 1)
+    assert Renderer(tokenizer).render([kept]) == Renderer(tokenizer).render([row])
 
 
 def test_materialised_rows_keep_the_arguments_of_each_tool():

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from adamba.data.tokenizer import CHAT_TEMPLATE
 from adamba.tasks import TASKS
 from adamba.training.agent_rows import preference_rows, prompt_rows, read_pairs
 
@@ -172,6 +174,17 @@ def test_tools_of_a_pair_are_schemas_however_they_are_written(written: str, tmp_
     path.write_text(json.dumps(PAIR | {"tools": tools}))
     options: dict[str, Any] = {"split": "train", "seed": 0, "settings": {}, "data_files": {"pairs": str(path)}}
     assert preference_rows({"pairs": 1.0}, 1, **options)[0]["tools"] == schemas
+
+
+@pytest.mark.parametrize("cell", ["9" * 30, "-9223372036854775809", "NaN"])
+def test_a_number_that_the_table_cannot_hold_is_rejected_as_it_was_written(cell: str, tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "play", "arguments": {"cell": json.loads(cell)}}}
+    pair = PAIR | {"rejected": [{"role": "assistant", "content": "", "tool_calls": [call]}]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
+    options: dict[str, Any] = {"split": "train", "seed": 0, "settings": {}}
+    [row] = preference_rows({"pairs": 1.0}, 1, data_files={"pairs": str(tmp_path / "pairs.jsonl")}, **options)
+    text, _ = render_jinja_template([row["rejected"]], chat_template=CHAT_TEMPLATE)
+    assert f'"arguments": {{"cell": {cell}}}' in text[0]
 
 
 def test_a_pair_keeps_all_of_a_tools_schema(tmp_path: Path) -> None:

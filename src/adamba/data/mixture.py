@@ -18,6 +18,7 @@ from datasets import Dataset, Features, IterableDataset, Json, Value, interleave
 
 from adamba.data.cards import Card, load_card
 from adamba.data.files import OnBadFile
+from adamba.data.formats import Row
 from adamba.data.sources import NUM_SHARDS, Conversion, Reader, open_source, rows_of
 from adamba.errors import UserError
 from adamba.tasks import TASKS
@@ -138,8 +139,35 @@ def materialise(stream: IterableDataset, num_rows: int) -> Dataset:
     table = {column: [row.get(column) for row in rows] for column in columns}
     if "messages" not in table:
         return Dataset.from_dict(table)
+    table["messages"] = [messages and [storable(message) for message in messages] for messages in table["messages"]]
     inferred = Dataset.from_dict({name: values for name, values in table.items() if name not in ("messages", "tools")})
     return Dataset.from_dict(table, features=Features(inferred.features | {"messages": [Json()], "tools": [Json()]}))
+
+
+def storable(message: Row) -> Row:
+    """The message for a column of type `Json`, which makes a text of a whole message with a number beyond 64 bits, and
+    null of NaN: of a call with such a number the arguments become JSON text, which the chat template writes as it is.
+    """
+    calls = message.get("tool_calls")
+    if _is_kept(calls) or not isinstance(calls, list):
+        return message
+    return message | {"tool_calls": [_with_text(call) for call in calls]}
+
+
+def _with_text(call: Any) -> Any:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict):  # in an answer to be rejected a call may be of any shape
+        return call
+    function = function | {"arguments": json.dumps(function.get("arguments"), ensure_ascii=False)}
+    return call | {"function": function} if "function" in call else function
+
+
+def _is_kept(value: Any) -> bool:
+    if isinstance(value, (dict, list)):
+        return all(map(_is_kept, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, int) or -(2**63) <= value < 2**64
 
 
 def _references(card: Card, split: Split, seed: int, data_file: str | None, on_bad_file: OnBadFile) -> IterableDataset:

@@ -12,6 +12,7 @@ from datasets import Dataset, Features, Json, Value
 from adamba.data.formats.conversation import SPECIAL_TEXTS, DroppedRow, check_unicode
 from adamba.data.formats.plain import check_message, check_tools
 from adamba.data.formats.preference import check_answer
+from adamba.data.mixture import storable
 from adamba.data.sources import is_held_out
 from adamba.errors import UserError
 from adamba.tasks import TASKS, Split, Task
@@ -92,6 +93,8 @@ def preference_rows(
     # Json keeps each call's arguments as they are; a struct column would give every call the keys of all tools.
     typed = {column: [Json()] for column in (*PAIR_COLUMNS, "tools")}
     table = {column: [row.get(column) or [] for row in rows] for column in typed}
+    for column in PAIR_COLUMNS:
+        table[column] = [[storable(message) for message in messages] for messages in table[column]]
     table["source"] = [row["source"] for row in rows]
     return Dataset.from_dict(table, features=Features(typed | {"source": Value("string")}))
 
