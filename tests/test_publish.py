@@ -9,6 +9,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from adamba.card_pictures import draw_pictures
 from adamba.errors import UserError
 from adamba.fingerprint import run_fingerprint
 from adamba.output_folder import check_output_folder
@@ -235,6 +236,9 @@ def test_what_runs_left_may_be_replaced(tmp_path):
     folder = publish(Adapter(), None, tmp_path / "x", RECIPE, {}, {})
     update_metrics(folder, {"eval_loss": 0.5})
     (folder / "games.json").write_text("{}")
+    log = [{"step": step, "loss": 3.0, "loss_width_32": 4.0} for step in (1, 2)]
+    (folder / "log_history.json").write_text(json.dumps(log))
+    assert len(draw_pictures(folder)) == 2, "as a push does"
     check_output_folder(folder, {})
     publish(Adapter(), None, folder, RECIPE, {}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -19,7 +19,8 @@ MARK = ".unfinished"
 
 # They describe the run and are not what the next phase reads, so run.json does not record their hashes.
 DESCRIBING_FILES = frozenset({"run.json", "metrics.json", "README.md", "recipe.yaml", "log_history.json", MARK})
-ADDED_LATER = frozenset({"games.json", ".DS_Store"})  # by run_games.py; by a Mac that shows the folder
+PICTURES = frozenset({"images", "images/training.png", "images/widths.png"})  # drawn when the folder is pushed
+ADDED_LATER = PICTURES | {"games.json", ".DS_Store"}  # by run_games.py; by a Mac that shows the folder
 
 
 def check_output_folder(output_dir: str | Path, values: Mapping[str, Any]) -> None:
