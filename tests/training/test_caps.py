@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl import DPOConfig, GRPOConfig, SFTConfig
 
 from adamba.errors import UserError
@@ -68,6 +70,31 @@ def test_a_cap_stops_before_the_step_that_would_cross_it(make_trainer, tmp_path,
     with pytest.raises(UserError, match=message):
         train(trainer)
     assert len(kept(tmp_path)) == 1, "saved although save_strategy is no"
+
+
+def test_ranks_of_unequal_speed_stop_after_the_same_step(clock, tmp_path, monkeypatch) -> None:
+    """Two ranks, a thread each; the last step took one of them longer."""
+    met, given = threading.Barrier(2), {}
+    args = PretrainConfig(output_dir=str(tmp_path), max_steps=10, max_hours=3.5, use_cpu=True, report_to="none")
+
+    def all_reduce(value: torch.Tensor, _op: object) -> None:
+        given[threading.get_ident()] = value.item()
+        met.wait(timeout=60)
+        value.fill_(max(given.values()))
+        met.wait(timeout=60)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    clock["time"] += 2 * HOUR
+
+    def stops(hours_of_a_step: float) -> bool:
+        cap = caps.StopAtCap(args)
+        cap.step_began = clock["time"] - hours_of_a_step * HOUR
+        state = TrainerState(global_step=2, max_steps=10)
+        return cap.on_step_end(args, state, TrainerControl()).should_training_stop
+
+    with ThreadPoolExecutor(2) as ranks:
+        assert list(ranks.map(stops, (1.0, 2.0))) == [True, True]
 
 
 def test_a_raised_cap_goes_on_to_the_weights_of_a_run_without_one(make_trainer, tmp_path, clock) -> None:

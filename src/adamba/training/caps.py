@@ -98,12 +98,15 @@ class StopAtCap(TrainerCallback):
 
     def seconds(self) -> float:
         """Used so far, by all starts of this run; the same on every rank."""
-        used = self.before + time.time() - psutil.Process().create_time()
+        return self._longest(self.before + time.time() - psutil.Process().create_time())
+
+    def _longest(self, seconds: float) -> float:
+        """Of all ranks."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            longest = torch.tensor(used, dtype=torch.float32, device=self.args.device)
+            longest = torch.tensor(seconds, dtype=torch.float32, device=self.args.device)
             torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX)
-            used = longest.item()
-        return used
+            seconds = longest.item()
+        return seconds
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.step_began = time.time()
@@ -112,7 +115,8 @@ class StopAtCap(TrainerCallback):
         self.step_seconds = time.time() - self.step_began
         if self.args.max_seconds == float("inf"):
             return control
-        used = self.seconds()
+        # Both as the slowest has them: were one rank to stop alone, the others would wait for it for ever.
+        used, self.step_seconds = self.seconds(), self._longest(self.step_seconds)
         if used + self.step_seconds > self.args.max_seconds and state.global_step < state.max_steps:
             self.stopped = self.args.describe_cap(used)
             control.should_save = control.should_log = control.should_training_stop = True
