@@ -44,6 +44,11 @@ def test_two_processes_have_the_losses_of_one(ran: Path) -> None:
     assert largest_difference(ran / "one", ran / "two") <= 1e-5
     assert (checkpoints(ran / "two") / f"checkpoint-{STEPS}/rng_state_1.pth").is_file(), "there was a second process"
     assert_close(ran / "one", ran / "two")
+    logs = [json.loads((ran / name / "log_history.json").read_text()) for name in ("one", "two")]
+    for alone, together in zip(*logs, strict=True):  # of each source, width and exit: the rows of both
+        keys = {key for key in alone if "loss" in key or key.startswith("agreement")}
+        assert keys <= together.keys() and (len(keys) > 4 or "train_loss" in keys)
+        assert {key: together[key] for key in keys} == pytest.approx({key: alone[key] for key in keys}, abs=1e-4)
     model = AdambaForCausalLM.from_pretrained(ran / "two")
     assert model.num_parameters() == json.loads((ran / "two/metrics.json").read_text())["num_parameters"]
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from adamba.errors import UserError
@@ -138,11 +139,16 @@ class Tally:
         entry = torch.stack((values.double().sum(), count))
         self.sums[key] = self.sums[key] + entry if key in self.sums else entry
 
-    def means(self) -> dict[str, float]:
-        sums = {key: entry.tolist() for key, entry in self.sums.items()}
-        means = {key: total / count for key, (total, count) in sums.items() if count > 0}
+    def means(self, of_all_ranks: bool = False) -> dict[str, float]:
+        """`of_all_ranks`: all call it together; each may have keys of its own."""
+        own = {key: entry.tolist() for key, entry in self.sums.items()}
         self.sums.clear()
-        return means
+        sums: dict[str, tuple[float, float]] = {}
+        for part in gather_object([own]) if of_all_ranks else [own]:
+            for key, (total, count) in part.items():
+                before = sums.get(key, (0.0, 0.0))
+                sums[key] = (before[0] + total, before[1] + count)
+        return {key: total / count for key, (total, count) in sums.items() if count > 0}
 
 
 def by_source(tally: Tally, losses: torch.Tensor, counted: torch.Tensor, sources: list[str] | None) -> None:
@@ -335,5 +341,5 @@ class ElasticLossMixin:
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
-            logs = {**logs, **self.tally.means()}
+            logs = {**logs, **self.tally.means(of_all_ranks=True)}
         super().log(logs, *args, **kwargs)
