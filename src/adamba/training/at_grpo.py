@@ -91,6 +91,7 @@ class AtGrpoTrainer(AgentGRPOTrainer):
         self._games: list[Game] = []
         self._row_roles: torch.Tensor | None = None
         self._evaluated: dict[str, list[float]] = defaultdict(list)
+        self._num_read = self._num_held_out = 0  # rows of an evaluation: by this process, of all
         self._taught_roles: set[int] = set()  # whose adapters have a gradient on this process since the last step
         # TRL would copy an adapter named "default" as the reference; ours is the base, with all adapters off.
         beta = args.beta
@@ -213,14 +214,15 @@ class AtGrpoTrainer(AgentGRPOTrainer):
                 rate = 1.0 - sum(own) / len(own)
                 self._metrics["train"][f"games/{role.name}/invalid_action_rate"].append(rate)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """
         Held-out games, a row each, played to their end by what the roles say: nobody chooses between candidates.
         `eval_reward` is their mean final score, 1 where the team plays as well as the solver, and `eval_games/*` what
         else is known of them; there is no loss.
         """
         self._evaluated.clear()
-        output = super().evaluation_loop(*args, **kwargs)
+        self._num_read, self._num_held_out = 0, len(dataloader.dataset) * self.num_generations_eval
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
         parts = gather_object([dict(self._evaluated)])
         for name in dict.fromkeys(name for part in parts for name in part):
             values = [value for part in parts for value in part.get(name, ())]
@@ -229,6 +231,10 @@ class AtGrpoTrainer(AgentGRPOTrainer):
 
     def prediction_step(self, model: Any, inputs: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
         roles, max_turns = self.team_settings.roles, self.team_settings.max_turns
+        # Processes read equal numbers of rows; the first ones come again, on the last of them, to fill the last batch.
+        first = self._num_read * self.args.world_size + self.args.process_index * len(inputs)
+        self._num_read += len(inputs)
+        inputs = inputs[: max(0, self._num_held_out - first)]
         rows = map(own_columns, inputs)
         with self._keeping_caches():
             groups, games = play_games(
