@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -194,7 +195,9 @@ def test_a_process_with_rows_of_fewer_roles_keeps_nobody_waiting(folder: Path, t
     launch(2, tmp_path, path, "--output_dir", tmp_path / "out", config="ddp_cpu", rows=24, script="run_grpo.py")
 
 
-def test_each_held_out_game_is_played_once(folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_each_held_out_game_is_played_once_and_all_processes_are_measured(
+    folder: Path, tmp_path: Path, monkeypatch
+) -> None:
     """Three prompts, twice each: of two batches of four rows the last two rows are there to fill it."""
     play_games = at_grpo.play_games
 
@@ -203,18 +206,23 @@ def test_each_held_out_game_is_played_once(folder: Path, tmp_path: Path, monkeyp
         if "num_groups" not in kwargs:
             with (tmp_path / f"seeds{os.environ['RANK']}").open("a") as file:
                 file.writelines(f"{row['seed']}\n" for row in rows)
-        return play_games(iter(rows), *args, **kwargs)
+        groups, games = play_games(iter(rows), *args, **kwargs)
+        for group in groups:  # all that the second process says could be used, nothing of the first's
+            group.candidates[:] = [replace(one, local=float(os.environ["RANK"])) for one in group.candidates]
+        return groups, games
 
     monkeypatch.setattr(at_grpo, "play_games", noting)
     held_out = {"num_eval_prompts": 3, "num_generations_eval": 2, "per_device_eval_batch_size": 2}
     recipe = GRPO | TEAM | held_out | {"model_name_or_path": str(folder / "model"), "policy": "shared"}
-    recipe = recipe | {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    recipe = recipe | {"max_steps": 1, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     recipe = {key: value for key, value in recipe.items() if key not in ("per_device_train_batch_size", "rewards")}
     path = write_recipe(tmp_path / "team.yaml", recipe)
     launch(2, tmp_path, path, "--output_dir", tmp_path / "out", config="ddp_cpu", rows=8, script="run_grpo.py")
     seeds = [(tmp_path / f"seeds{rank}").read_text().split() for rank in (0, 1)]
     assert [len(own) for own in seeds] == [4, 2]
     assert sorted(Counter(seeds[0] + seeds[1]).values()) == [2, 2, 2]
+    log = json.loads((tmp_path / "out/log_history.json").read_text())
+    assert {entry[rate] for entry in log for rate in entry if rate == "games/actor/invalid_action_rate"} == {0.5}
 
 
 @pytest.mark.parametrize(("config", "split"), [("zero3", "ZeRO-3"), ("fsdp2", "FSDP")])

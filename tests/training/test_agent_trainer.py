@@ -121,9 +121,12 @@ def test_advantages_are_normalised_inside_a_group_and_discounted_by_turn(tokeniz
         rewards = torch.tensor([2.0 * one.team + one.local for one in group.candidates])
         expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4) * 0.5**group.turn
         torch.testing.assert_close(output["advantages"][4 * number : 4 * number + 4], expected, atol=1e-5, rtol=1e-4)
+        assert output["turn_discount"][4 * number : 4 * number + 4].tolist() == [0.5**group.turn] * 4
         assert output["role_index"][4 * number : 4 * number + 4].tolist() == [group.role_index] * 4
         prompts = output["prompt_ids"][4 * number : 4 * number + 4]
         assert (prompts == prompts[0]).all()
+    late = {"advantages": torch.tensor([0.004, 0.8]) * 0.5**10, "turn_discount": torch.full((2,), 0.5**10)}
+    assert trainer._teaches(late).tolist() == [False, True], "however late the turn"
 
 
 @pytest.mark.parametrize(("beta", "use_muon"), [(0.0, False), (0.1, False), (0.0, True)])

@@ -146,9 +146,9 @@ class AtGrpoTrainer(AgentGRPOTrainer):
         if not torch.equal(blocks, blocks[:, :1].expand_as(blocks)):
             raise RuntimeError("AT-GRPO: a block of rows has more than one prompt, so it is not one group")
         turns = self._of_rows([group.turn for group in self._groups])
-        output["advantages"] = output["advantages"] * self.team_settings.turn_discount**turns
+        output["turn_discount"] = self.team_settings.turn_discount**turns
+        output["advantages"] = output["advantages"] * output["turn_discount"]
         output["role_index"] = self._of_rows([group.role_index for group in self._groups])
-        self._log_groups()
         return output
 
     def _play_batch(self, prompts: list, trainer: Any) -> dict[str, Any]:
@@ -187,6 +187,10 @@ class AtGrpoTrainer(AgentGRPOTrainer):
             self._log_metric("games/success_best", sum(game.success for game in over) / len(over))
             self._log_metric("games/num_turns", sum(game.turn for game in over) / len(over))
         self._log_metric("games/rollout_outside_generate_fraction", outside / (outside + seconds))
+        for group in self._groups:
+            for candidate in group.candidates:
+                name = f"games/{settings.roles[group.role_index].name}/invalid_action_rate"
+                self._log_metric(name, 1.0 - candidate.local)  # the mean over all processes
         candidates = [candidate for group in self._groups for candidate in group.candidates]
         return {
             "prompt_ids": [group.prompt_ids for group in self._groups for _ in range(size)],
@@ -205,14 +209,6 @@ class AtGrpoTrainer(AgentGRPOTrainer):
     def _of_rows(self, of_groups: list[int]) -> torch.Tensor:
         values = torch.tensor(of_groups, device=self.accelerator.device)
         return values.repeat_interleave(self.num_generations)
-
-    def _log_groups(self) -> None:
-        """Share of unusable candidates of each role."""
-        for index, role in enumerate(self.team_settings.roles):
-            own = [item.local for group in self._groups if group.role_index == index for item in group.candidates]
-            if own:
-                rate = 1.0 - sum(own) / len(own)
-                self._metrics["train"][f"games/{role.name}/invalid_action_rate"].append(rate)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """
@@ -251,7 +247,8 @@ class AtGrpoTrainer(AgentGRPOTrainer):
 
     def _teaches(self, inputs: dict[str, Any]) -> torch.Tensor:
         """And the first row of each role: DDP waits for a gradient of every adapter that a step uses elsewhere."""
-        teaches = super()._teaches(inputs)
+        # A late turn's advantage is small by its weight, not by rounding.
+        teaches = super()._teaches(inputs | {"advantages": inputs["advantages"] / inputs["turn_discount"]})
         if self.team_settings.per_role:
             for index in inputs["role_index"].unique():
                 teaches[(inputs["role_index"] == index).nonzero()[0]] = True
