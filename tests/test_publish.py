@@ -183,6 +183,8 @@ def test_metrics_are_merged_into_file_and_card(tmp_path):
     record_evaluation(folder, "abc")
     assert read_run(folder)["evaluation"] == "abc"
     assert is_complete(folder, fingerprint())
+    update_metrics(folder, {"eval_loss": 0.4})
+    assert "evaluation" not in read_run(folder) and is_complete(folder, fingerprint()), "these are of another one"
     with pytest.raises(TypeError, match="flat: nested is a dict"):
         update_metrics(folder, {"nested": {}})
 

@@ -121,6 +121,19 @@ def test_second_run_does_only_what_is_missing(family):
     assert ran == ["base_eval", "phase0_eval", "phase5_eval"]
 
 
+def test_figures_of_other_evaluations_and_of_other_data_are_measured_again(family):
+    recipe = family / "recipes/tiny/eval.yaml"
+    recipe.write_text(recipe.read_text() + "data_files: {notes: notes.jsonl}\n")
+    (family / "notes.jsonl").write_text("{}\n")
+    demo(family)
+    assert demo(family)[1] == []
+    by_hand = [sys.executable, "src/run_eval.py", "other.yaml", "--model_name_or_path", "checkpoints/tiny/phase0"]
+    subprocess.run(by_hand, cwd=family, check=True)
+    assert demo(family)[1] == ["phase0_eval"]
+    (family / "notes.jsonl").write_text("{}\n{}\n")
+    assert demo(family)[1] == ["base_eval", "phase0_eval", "phase5_eval"]
+
+
 def test_runs_that_are_no_phase_follow_by_name_and_may_have_their_own_evaluation(family):
     recipes = family / "recipes/tiny"
     (recipes / "phase0.yaml").unlink()

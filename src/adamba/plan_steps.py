@@ -52,8 +52,9 @@ class Step:
             record_evaluation(self.checkpoint, self._evaluation_fingerprint())
 
     def _evaluation_fingerprint(self) -> str:
-        inputs = {"model": self.checkpoint.as_posix()}
-        return run_fingerprint(fingerprint_code(self.script), read_recipe(self.recipe), inputs)["fingerprint"]
+        values = read_recipe(self.recipe)
+        inputs = {**(values.get("data_files") or {}), "model": self.checkpoint.as_posix()}
+        return run_fingerprint(fingerprint_code(self.script), values, inputs)["fingerprint"]
 
 
 def family_steps(family: Path) -> list[Step]:

@@ -81,9 +81,16 @@ def publish(
 
 
 def update_metrics(output_dir: str | Path, metrics: Metrics) -> None:
-    """Merge metrics into a published folder's `metrics.json` and model card."""
+    """
+    Merge metrics into a published folder's `metrics.json` and model card.
+
+    What `record_evaluation` noted no longer holds of them: a family that is run on measures again.
+    """
     folder = Path(output_dir)
     merged = read_metrics(folder) | _plain_metrics(metrics)
+    run = read_run(folder)
+    if run.pop("evaluation", None) is not None:
+        _write_json(folder / "run.json", run)
     _write_json(folder / "metrics.json", merged)
     write_whole(folder / "README.md", model_card(folder, folder.as_posix()))
 
