@@ -37,7 +37,7 @@ class ReportArguments:
 
 def parse_arguments(argv: list[str]) -> ReportArguments:
     """The arguments; a folder may stand where the recipe does."""
-    if argv and Path(argv[0]).is_dir():
+    if argv and (Path(argv[0]).is_dir() or not argv[0].startswith("-") and Path(argv[0]).suffix != ".yaml"):
         argv = ["--family", *argv]
     args, recipe = parse(ReportArguments, argv=argv)
     if args.family is None:

@@ -9,6 +9,7 @@ import pytest
 from adamba.errors import UserError
 from adamba.report import read_family
 from adamba.report.reading import PHASES, Phase
+from run_report import parse_arguments
 
 
 def test_phases_come_in_the_order_of_the_plan(family_dir: Path) -> None:
@@ -129,3 +130,11 @@ def test_the_command_that_measured_a_run_is_the_one_that_did(recipe: str, comman
     monkeypatch.chdir(Path(__file__).parents[2])
     phase = Phase(Path(recipe).name, Path("out"), Path(f"recipes/{recipe}.yaml"))
     assert phase.evaluation_command == f"python {command} --model_name_or_path out"
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_no_folder() -> None:
+    assert parse_arguments(["recipes/nope"]).family == "recipes/nope"
+    with pytest.raises(UserError, match="recipes/nope: no such folder"):
+        read_family("recipes/nope")
+    with pytest.raises(UserError, match=r"nope\.yaml: no such recipe"):
+        parse_arguments(["recipes/nope.yaml"])
