@@ -4,7 +4,7 @@ The kernels of `mamba_ssm` without a GPU: a pytest plugin that runs them, as the
     make test-kernels
 
 What the layers ask of the kernels (packed documents, padding, strides, chunks, gradients) is then compared with plain
-torch in fp32. `causal_conv1d` is CUDA, so its extension is replaced by what it computes and what it refuses. With
+torch. `causal_conv1d` is CUDA, so its extension is replaced by what it computes and what it refuses. With
 `ROUNDING=tf32` products round as on a GPU's tensor cores, which drop 13 of 23 bits of what they multiply.
 """
 

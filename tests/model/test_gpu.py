@@ -86,6 +86,7 @@ def test_logits_and_gradients_are_those_of_the_cpu(seed: int, border: int | None
         off = distance(found.pop("logits"), expected["logits"])
         print(f"{width or 'full width'}: logits {off:.1e}")  # pytest -rP shows it
         assert off < tolerance
+        assert found.keys() == expected.keys() - {"logits"}
         drawn = [gradients(on_cpu, batch, width, unit, draw) for draw in range(4)]
         largest = max(float(grad.norm()) for name, grad in expected.items() if name != "logits")
         distances = {
