@@ -97,7 +97,7 @@ $(KERNELS): $(STAMP)
 	@touch $@
 
 .PHONY: test-kernels
-test-kernels: $(KERNELS)  ## the GPU's kernels against plain torch without a GPU, in Triton's interpreter: 20 minutes
+test-kernels: $(KERNELS)  ## the GPU's kernels against plain torch without a GPU, in Triton's interpreter: half an hour
 	@status=0; export PYTHONPATH=.kernels:tests TRITON_INTERPRET=1 OMP_NUM_THREADS=1; \
 	for how in "none kernels" "tf32 gradients"; do \
 	  words="-m pytest -n 2 -rP -p interpreted_kernels tests/model/test_gpu.py -k $${how#* }"; \
