@@ -2,7 +2,6 @@
 
 import io
 import json
-import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -18,8 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import run_chat
 from adamba.chat import Answer, ChatOptions, ChatSession
-from adamba.chat_game import GameAgainstUser
-from adamba.chat_terminal import Chat, TurnText
+from adamba.chat_terminal import Chat
 from adamba.data import train_tokenizer
 from adamba.errors import UserError
 from adamba.model import AdambaConfig, AdambaForCausalLM
@@ -274,21 +272,6 @@ def test_a_bad_option_is_one_line_and_changes_nothing(
     assert str(value) in str(error.value) and session.options == ChatOptions()
 
 
-def test_pieces_are_the_same_however_the_text_is_cut() -> None:
-    text = 'Let me <b>think.<think>\nsecret <tool</think>\n\nYes<tool_call>\n{"name": "x"}\n</tool_call> then <'
-    expected = [("", "Let me <b>think."), ("dim", "\nsecret <tool"), ("", "\n\nYes then <")]
-    rng = random.Random(0)
-    for _ in range(50):
-        turn, pieces, start = TurnText(), [], 0
-        while start < len(text):
-            end = start + rng.randint(1, 7)
-            pieces += turn.feed(text[start:end])
-            start = end
-        pieces += turn.rest()
-        joined = [(style, "".join(t for s, t in pieces if s == style)) for style in ("", "dim")]
-        assert joined == [("", expected[0][1] + expected[2][1]), expected[1]]
-
-
 def test_talk_streams_and_shows_calls_results_and_cost(tokenizer: PreTrainedTokenizerFast) -> None:
     session = ChatSession(Scripted(tokenizer, calculate), tokenizer, ChatOptions(), CALCULATOR)
     chat, output = chat_with(session, ["Calculate 5 + 3?", "", "hi", "/quit", "never read"])
@@ -341,13 +324,6 @@ def test_a_game_against_the_user(tokenizer: PreTrainedTokenizerFast) -> None:
     assert text.count("The model wins.") + text.count("Draw.") >= 2 and "You win." not in text
     assert seen[0].rsplit("user\n", 1)[1].startswith("Tic-tac-toe. You are X.\n1 2 3 / 4 5 6 / 7 8 9")
     assert session.schemas[0]["function"]["name"] == "play" and "wait for the user" not in json.dumps(session.schemas)
-
-
-def test_the_user_answers_a_cell_in_any_writing() -> None:
-    for cell in (5, "5", " 5"):
-        game = GameAgainstUser()
-        game._start(True, lambda board: 9)
-        assert game.play(cell) == "1 2 3 / 4 X 6 / 7 8 O"  # type: ignore[arg-type]
 
 
 def test_leaving_and_restarting_in_the_middle_of_a_game(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -3,7 +3,7 @@
 import itertools
 import json
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ def prompt_rows(
     Raises:
         UserError: a source that is no task, or settings that a task refuses.
     """
-    _check_sources(mix, settings, TASKS)
+    _check_known("mix", mix, TASKS)
+    _check_known("task_settings", settings, TASKS)
 
     def make(task: Task, row_seed: int) -> Row:
         return task.prompt(row_seed, split, **settings.get(task.name, {}))
@@ -72,7 +73,7 @@ def preference_rows(
         if name not in TASKS and name not in data_files:  # a card may name it, but its rows are not fetched here
             known = ", ".join(TASKS)
             raise UserError(f"mix: {name!r} is no task ({known}); give its pairs: --data_files {name}=PAIRS.jsonl")
-    _check_sources(mix, settings, [*TASKS, *data_files])
+    _check_known("task_settings", settings, [*TASKS, *data_files])
     for name in imitated:
         if name not in mix:
             rest = [source for source in imitated if source in mix]
@@ -183,8 +184,7 @@ def _draw(mix: Mapping[str, float], num_rows: int, seed: int) -> list[tuple[str,
     return [(name, rng.getrandbits(48)) for name in names]
 
 
-def _check_sources(mix: Mapping[str, float], settings: Mapping[str, Any], known: Collection[str]) -> None:
-    for key, names in (("mix", mix), ("task_settings", settings)):
-        for name in names:
-            if name not in known:
-                raise UserError(f"{key}: {name!r} is unknown; use {', '.join(known)}")
+def _check_known(key: str, names: Iterable[str], known: Collection[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise UserError(f"{key}: {name!r} is unknown; use {', '.join(known)}")
