@@ -15,8 +15,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .configuration_adamba import AdambaConfig
 from .documents_adamba import attend_in_documents
-from .norm_adamba import block_rms_norm
-from .scan_adamba import BLOCK_SIZE
+from .norm_adamba import rms_norm
 
 
 class ElasticRMSNorm(nn.Module):
@@ -38,9 +37,7 @@ class ElasticRMSNorm(nn.Module):
         if width <= self.base_width and x.dtype in (torch.float32, torch.float64):
             # The same operations in one call; halves are rounded elsewhere in torch's than in Llama's.
             weight = None if self.weight is None else first_channels(self.weight, width).to(x.dtype)
-            # In fp32 alone a training step keeps the bits it always had: runs are compared by them.
-            mixed = torch.is_autocast_enabled("cpu") and torch.is_grad_enabled() and x.numel() > BLOCK_SIZE
-            return (block_rms_norm if mixed else F.rms_norm)(x, (width,), weight, self.eps)
+            return rms_norm(x, weight, self.eps)
         x_float = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         # A slice that is all would cost a copy in the backward pass.
         known = x_float if width <= self.base_width else x_float[..., : self.base_width]

@@ -2,7 +2,7 @@
 Norms with their own forward and backward pass for a CPU: they keep their inputs and nothing else of that size, and go
 through them a block at a time, which a core's cache holds, where autograd has a pass over memory for each operation.
 
-`block_rms_norm` is torch's norm. `GatedRMSNorm` is Mamba-2's: `norm(y · silu(gate)) · weight`, one statistic a group.
+`rms_norm` is torch's norm. `GatedRMSNorm` is Mamba-2's: `norm(y · silu(gate)) · weight`, one statistic a group.
 
 Shape legend: T tokens, G groups, C channels of a group.
 """
@@ -15,12 +15,17 @@ from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 from .scan_adamba import BLOCK_SIZE, blocks
 
 
-def block_rms_norm(x: torch.Tensor, shape: tuple[int], weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """`F.rms_norm` over the last dimension for fp32 or fp64 on a CPU: its bits, and its gradients but for rounding."""
-    return BlockRMSNorm.apply(x.reshape(1, -1, *shape), weight, eps).view(x.shape)
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """`F.rms_norm` of fp32 or fp64 over the last dimension; in training on a CPU in blocks, with the same bits."""
+    trains = x.device.type == "cpu" and torch.is_grad_enabled()
+    if not trains or x.numel() <= BLOCK_SIZE or torch.compiler.is_compiling():
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return BlockRMSNorm.apply(x.reshape(1, -1, x.shape[-1]), weight, eps).view(x.shape)
 
 
 class BlockRMSNorm(torch.autograd.Function):
+    """The operations of autograd, each in its place, so that a step's bits do not depend on where it takes blocks."""
+
     @staticmethod
     def forward(ctx, x, weight, eps):
         scale = x.new_empty(*x.shape[:-1], 1)
@@ -38,15 +43,17 @@ class BlockRMSNorm(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-        grad_weight = None if weight is None else torch.zeros_like(weight)
+        by_token = None if weight is None else torch.empty_like(grad_x)
         for block in blocks(x, 1, x.shape[-1]):
-            normed, to_normed = x[block] * scale[block], grad[block]
-            if grad_weight is not None:
-                grad_weight += (to_normed * normed).sum((0, 1))
+            own, to_normed = x[block], grad[block]
+            if by_token is not None:
+                torch.mul(to_normed, own * scale[block], out=by_token[block])
                 to_normed = to_normed * weight
-            shared = (to_normed * normed).mean(-1, keepdim=True)
-            torch.addcmul(to_normed, normed, shared, value=-1, out=grad_x[block]).mul_(scale[block])
-        return grad_x, grad_weight, None
+            to_scale = (to_normed * own).sum(-1, keepdim=True)
+            to_mean = to_scale.mul_(-0.5).mul_(scale[block].pow(3)).div_(x.shape[-1])
+            torch.mul(to_normed, scale[block], out=grad_x[block]).add_(own.mul(2).mul_(to_mean))
+        # At once: sums of blocks would be rounded elsewhere than autograd's one sum over all tokens.
+        return grad_x, None if by_token is None else by_token.sum((0, 1)), None
 
 
 class GatedRMSNorm(MambaRMSNormGated):
