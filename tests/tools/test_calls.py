@@ -15,7 +15,6 @@ CALL = ToolCall("calculator", {"expression": "5 + 3"})
     [
         (GOOD, "", [CALL]),
         ("Let me see." + GOOD, "Let me see.", [CALL]),
-        (GOOD.removesuffix("\n</tool_call>"), "", [CALL]),
         (GOOD + GOOD, "", [CALL, CALL]),
         ('<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [ToolCall("f", {"a": 1})]),
         ('<tool_call>{"name": "f"}</tool_call>', "", [ToolCall("f")]),
@@ -57,6 +56,12 @@ def test_a_broken_call_is_kept_with_its_reason(body: str, reason: str) -> None:
     assert reason in call.error
     answer, called = run_tool_call(call, [calculator])
     assert (answer, called) == (call.error, False)
+
+
+@pytest.mark.parametrize("before", ["", GOOD])
+def test_a_call_without_its_closing_tag_is_not_made(before: str) -> None:
+    *_, call = parse_tool_calls(before + GOOD.removesuffix("\n</tool_call>"))[1]
+    assert call == ToolCall(error="error: the tool call is not closed")
 
 
 def test_run() -> None:

@@ -76,11 +76,20 @@ def test_a_readable_turn_is_parsed_as_before(tokenizer) -> None:
     before = [tokenizer.parse_response(one, prefix="") for one in ids]
     answer_unreadable_calls(tokenizer)
     assert [tokenizer.parse_response(one, prefix="") for one in ids] == before
-    broken = tokenizer.parse_response(tokenizer.encode('<tool_call>\n{"name": 3}\n</tool_call><|im_end|>'), prefix="")
-    assert broken["tool_calls"][0]["function"] == {
-        "name": UNREADABLE,
-        "arguments": {"error": "error: the tool call has no name"},
-    }
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", ""])  # `max_completion_length` may cut the turn
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('<tool_call>\n{"name": 3}\n</tool_call>', "has no name"),
+        (CALL.format("move", '{"moves": "RD"}').removesuffix("\n</tool_call>"), "is not closed"),
+    ],
+)
+def test_a_call_that_cannot_be_read_has_its_reason_for_argument(tokenizer, text: str, reason: str, end: str) -> None:
+    answer_unreadable_calls(tokenizer)
+    [call] = tokenizer.parse_response(tokenizer.encode(text + end), prefix="")["tool_calls"]
+    assert call["function"] == {"name": UNREADABLE, "arguments": {"error": f"error: the tool call {reason}"}}
 
 
 @pytest.mark.parametrize(

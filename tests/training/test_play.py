@@ -164,6 +164,10 @@ def test_what_the_parser_reads_is_what_trl_reads(tokenizer: PreTrainedTokenizerF
     ("said", "answer"),
     [
         ("<tool_call>{</tool_call>", "error: the tool call is not valid JSON"),
+        (
+            CALL.format("calculator", '{"expression": "1"}').removesuffix("</tool_call>"),
+            "error: the tool call is not closed",
+        ),
         (CALL.format("abacus", "{}"), "error: no tool named 'abacus'; there is calculator"),
         (CALL.format("calculator", '{"x": 1}'), "error: calculator: missing a required argument: 'expression'"),
         (CALL.format("calculator", '{"expression": "1 / 0"}'), "error: division by zero"),

@@ -28,11 +28,12 @@ def parse_tool_calls(text: str) -> tuple[str, list[ToolCall]]:
 
     A call that cannot be read is kept, with `error` saying why: it must be answered, not silently dropped.
     """
-    calls = [_parse(match["call"]) for match in PIECE.finditer(text) if match["call"] is not None]
+    found = [match for match in PIECE.finditer(text) if match["call"] is not None]
+    calls = [_parse(match["call"], is_closed=match[0].endswith(CLOSE)) for match in found]
     return PIECE.sub("", text).strip(), calls
 
 
-def _parse(body: str) -> ToolCall:
+def _parse(body: str, is_closed: bool) -> ToolCall:
     try:
         call = _read(body.strip())
     except (ValueError, RecursionError):
@@ -47,6 +48,8 @@ def _parse(body: str) -> ToolCall:
             arguments = None
     if not isinstance(arguments, dict):
         return ToolCall(name=call["name"], error="error: the arguments are not a JSON object")
+    if not is_closed:  # nor does the response template find a call where the turn ends first
+        return ToolCall(error="error: the tool call is not closed")
     return ToolCall(name=call["name"], arguments=arguments)
 
 

@@ -214,8 +214,8 @@ def _unreadable(calls: Counter, failures: Counter) -> Callable[..., str]:
 
 def answer_unreadable_calls(tokenizer: PreTrainedTokenizerBase) -> None:
     """
-    Let `tokenizer.parse_response` read a turn whose call is no JSON, has no name or no arguments object as a call of
-    `unreadable_call`, whose answer says what is wrong.
+    Let `tokenizer.parse_response` read a turn whose call is no JSON, has no name, no arguments object or no closing
+    tag as a call of `unreadable_call`, whose answer says what is wrong.
     """
     original = type(tokenizer).parse_response
 
