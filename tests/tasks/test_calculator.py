@@ -96,6 +96,22 @@ def test_bad_settings_are_refused_in_one_line(settings: dict, message: str) -> N
     assert "\n" not in str(error.value) and "calculator" in str(error.value)
 
 
+@pytest.mark.parametrize("settings", [{}, ONE | {"operator_weights": {"*": 1.0, "**": 1.0}}])
+def test_a_rejected_call_has_another_value(settings: dict) -> None:
+    """Even where no digit changes it, as in 0 * 0: then it is the answer that is wrong."""
+    num_calls = 0
+    for seed in range(400):
+        pair = TASK.preference(seed, "train", **settings)
+        [better], [worse] = pair["chosen"], pair["rejected"]
+        if "tool_calls" not in better:
+            assert better != worse
+            continue
+        num_calls += 1
+        values = [calculator(**one["tool_calls"][0]["function"]["arguments"]) for one in (better, worse)]
+        assert values[0] != values[1], (better, worse)
+    assert num_calls > 50
+
+
 def test_unknown_split_is_refused() -> None:
     with pytest.raises(ValueError, match="'dev'"):
         TASK.prompt(0, "dev")

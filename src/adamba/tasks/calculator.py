@@ -30,6 +30,7 @@ PHRASINGS = (
 ANSWER = re.compile(r'# Answer: "(-?\d{1,20}\.\d{1,4})"')
 MAX_CALLS = 4  # an episode needs one; more than this only stalls
 MAX_ABS_RESULT = 1e15
+MAX_WRONG_DRAWS = 50
 TOLERANCE = 1e-6  # answers have four decimals, so two different ones differ by 1e-4
 
 
@@ -181,13 +182,13 @@ def preference(seed: int, split: Split, **settings: object) -> Row:
     row = prompt(seed, split, **settings)
     rng = random.Random(f"{NAME}/preference/{split}/{seed}")
     expression, answer, tool_free = row["expression"], row["answer"], row["environment"] == TOOL_FREE_NAME
-    if not tool_free and rng.random() < 0.5:
-        chosen = tool_call("calculator", expression=expression)
-        rejected = tool_call("calculator", expression=_change_digit(expression, rng))
+    shows_call = not tool_free and rng.random() < 0.5
+    wrong = _wrong_expression(expression, answer, rng) if shows_call else None
+    if wrong is not None:
         return {
             "prompt": row["prompt"],
-            "chosen": [chosen],
-            "rejected": [rejected],
+            "chosen": [tool_call("calculator", expression=expression)],
+            "rejected": [tool_call("calculator", expression=wrong)],
             "tools": tool_schemas(CalculatorEnvironment),
         }
     history = [] if tool_free else _call_and_result(expression, answer)
@@ -220,6 +221,12 @@ def _call_and_result(expression: str, answer: str) -> list[Message]:
         tool_call("calculator", expression=expression),
         {"role": "tool", "name": "calculator", "content": answer},
     ]
+
+
+def _wrong_expression(expression: str, answer: str, rng: random.Random) -> str | None:
+    """The expression with one digit replaced and another value, or without one; None where none is found (0 * 0)."""
+    drawn = (_change_digit(expression, rng) for _ in range(MAX_WRONG_DRAWS))
+    return next((wrong for wrong in drawn if calculator(wrong) != answer), None)
 
 
 def _change_digit(text: str, rng: random.Random) -> str:
