@@ -79,6 +79,8 @@ def test_settings_are_obeyed() -> None:
         ({"operator_weights": {"%": 1.0}}, "'%'"),
         ({"operator_weights": {"+": 0.0}}, "all zero"),
         ({"min_depth": 4}, "min_depth 4"),
+        ({"min_depth": 60, "max_depth": 60}, "max_depth is 60; use at most 16"),
+        ({"max_depth": 10**9}, "max_depth is 1000000000; use at most 16"),
         ({"max_number": 0}, "max_number is 0"),
         ({"max_abs_result": 0.1, "operator_weights": {"cos": 1.0}, **ONE, "decimal_fraction": 0}, "no train instance"),
         ({"max_abs_result": -1.0}, "max_abs_result is -1; use above 0"),
@@ -139,6 +141,11 @@ def test_the_largest_results_are_answered_without_an_exponent() -> None:
     assert any(abs(float(row["answer"])) > 1e13 for row in rows)
     for row in rows:
         assert outcome(row, [row["expression"]], final_answer(row["expression"], row["answer"]))["score"] == 1.0
+
+
+def test_the_deepest_expressions_are_found_and_answered() -> None:
+    row = TASK.prompt(0, "train", min_depth=16, max_depth=16)
+    assert outcome(row, [row["expression"]], final_answer(row["expression"], row["answer"]))["score"] == 1.0
 
 
 def test_only_one_right_answer_is_paid() -> None:

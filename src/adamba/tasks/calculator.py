@@ -31,6 +31,7 @@ ANSWER = re.compile(r'# Answer: "(-?\d{1,20}\.\d{1,4})"')
 MAX_CALLS = 4  # an episode needs one; more than this only stalls
 MAX_ABS_RESULT = 1e15
 MAX_WRONG_DRAWS = 50
+MAX_DEPTH = 16  # a level makes a tree half as large again, and deeper ones hardly ever fit what the calculator reads
 TOLERANCE = 1e-6  # answers have four decimals, so two different ones differ by 1e-4
 
 
@@ -40,7 +41,7 @@ class CalculatorSettings:
 
     Attributes:
         min_depth: Smallest depth of the expression tree (1 is one operator).
-        max_depth: Largest depth of the expression tree.
+        max_depth: Largest depth of the expression tree (at most 16).
         max_number: Largest number in an expression.
         decimal_fraction: Share of the numbers with one or two decimals.
         word_fraction: Share of the questions in words.
@@ -79,6 +80,8 @@ class CalculatorSettings:
                 f"settings of task {NAME}: min_depth {self.min_depth} and max_depth {self.max_depth} must satisfy "
                 "1 <= min_depth <= max_depth"
             )
+        if self.max_depth > MAX_DEPTH:
+            raise UserError(f"settings of task {NAME}: max_depth is {self.max_depth}; use at most {MAX_DEPTH}")
         if not 0 < self.max_abs_result <= MAX_ABS_RESULT:
             raise UserError(
                 f"settings of task {NAME}: max_abs_result is {self.max_abs_result:g}; use above 0, at most "
