@@ -81,6 +81,26 @@ def test_examples_and_preferences_are_the_solvers(name: str) -> None:
         assert state._count_good() > worse._count_good()
 
 
+@pytest.mark.parametrize(("name", "there", "back"), [("sokoban", "L", "R"), ("plan_path", "U", "D")])
+def test_calls_are_good_again_after_a_stray_one(name: str, there: str, back: str) -> None:
+    row = {"board": "#######\n#-@$-.#\n#######", "best_moves": 2, "grid": "...\n@..\n..G", "moves_per_call": 1}
+    environment = started(name, row)
+    counts = []
+    for value in (there, back, environment._solver_argument()):
+        call(environment, name, value)
+        counts.append(environment._count_good())
+    assert counts == [0, 1, 2]
+
+
+def test_no_call_is_good_on_a_board_that_is_lost() -> None:
+    board = "#####\n#--.#\n#-$-#\n#-@-#\n#####"
+    environment = started("sokoban", {"board": board, "best_moves": 4, "moves_per_call": 2})
+    for moves in ("U", "RU", "L", "R"):
+        environment.move(moves)
+        assert environment._count_good() == 1
+    assert boards.solve(environment._board) is None
+
+
 @pytest.mark.parametrize("name", PUZZLES)
 def test_instances_repeat_by_seed_and_splits_are_disjoint(name: str) -> None:
     column = {"sokoban": "board", "sudoku": "puzzle", "plan_path": "grid"}[name]

@@ -66,7 +66,7 @@ class SokobanEnvironment(PuzzleEnvironment):
         """Start the board of a `prompt` row; the prompt shows it, so nothing is added to it."""
         self._board = board
         self._moves_per_call = moves_per_call
-        self._trail: list[tuple[str, int]] = []
+        self._trail: list[tuple[str, str, int]] = []
         self._begin(best_calls=-(-best_moves // moves_per_call), best_work=best_moves)
 
     def move(self, moves: str) -> str:
@@ -84,16 +84,13 @@ class SokobanEnvironment(PuzzleEnvironment):
         after = play(self._board, moves)
         if after is None:
             return self._refuse("Blocked.")
+        self._trail.append((self._board, after, len(moves)))
         self._board = after
-        self._trail.append((after, self._work + len(moves)))
         return self._accept(work=len(moves), good=False)  # known at the end: it takes a search
 
     def _count_good(self) -> int:
-        """Calls up to the first that left every shortest solution."""
-        for count, (board, work) in enumerate(self._trail):
-            if work > self._best_work or solve(board, self._best_work - work) is None:
-                return count
-        return len(self._trail)
+        """Calls each of whose moves was one of a shortest solution from where it began."""
+        return sum(_is_good(*call) for call in self._trail)
 
     def _is_solved(self) -> bool:
         return is_solved(self._board)
@@ -106,6 +103,11 @@ class SokobanEnvironment(PuzzleEnvironment):
 
     def _solver_argument(self) -> str:
         return (solve(self._board) or "")[: self._moves_per_call]
+
+
+def _is_good(before: str, after: str, num_moves: int) -> bool:
+    best = solve(before)
+    return best is not None and num_moves <= len(best) and solve(after, len(best) - num_moves) is not None
 
 
 def prompt(seed: int, split: Split, **settings: object) -> Row:
