@@ -8,6 +8,7 @@ import re
 import pytest
 
 from adamba.data import train_tokenizer
+from adamba.errors import UserError
 from adamba.tasks import TASKS
 from adamba.tasks.plan_path_rules import DIRECTIONS, position_of, walk
 from adamba.tasks.roles import select_roles
@@ -143,6 +144,25 @@ def test_a_replayed_game_stands_where_it_stood(tokenizer) -> None:
             assert again.observation() == game.observation() and again.outcome == game.outcome
             for name in ("agent", "turn", "notes", "past", "results", "log", "key", "num_invalid_actions"):
                 assert getattr(again, name) == getattr(game, name), name
+
+
+def test_a_game_ends_where_its_prompt_leaves_no_room_for_a_reply(tokenizer) -> None:
+    def play(limit: int | None, **options) -> tuple[list, list[Game]]:
+        speaker = Speaker(tokenizer, lambda role, *said: call("?") if role == "actor" else "?")
+        options = {"max_turns": 9, "num_parallel": 4, "max_prompt_tokens": limit} | options
+        return play_games(iter(rows(6)), TEAM, tokenizer, speaker, **options)
+
+    groups, games = play(None)  # what was refused is shown again, so prompts grow
+    lengths = [len(group.prompt_ids) for group in groups]
+    assert [game.turn for game in games] == [3] * 6
+    limit = max(lengths) - 1
+    cut, short = play(limit)
+    assert max(len(group.prompt_ids) for group in cut) <= limit and len(short) == 6
+    assert {game.turn for game in short} >= {2} and all(game.is_over(9) for game in short)
+    with pytest.raises(UserError, match=f"games: prompts of more than {min(lengths) - 1} tokens leave no room"):
+        play(min(lengths) - 1)
+    with pytest.raises(UserError, match="leave no room"):
+        play(limit, num_groups=len(groups))
 
 
 def test_strays_meet_their_mistakes_the_same_each_time(tokenizer) -> None:

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from adamba.errors import UserError
 from adamba.tasks import ENVIRONMENTS
 from adamba.tasks.roles import select_roles
+from adamba.training.agent_rows import own_columns
 from adamba.training.at_grpo import TeamSettings
 from adamba.training.lora import LoraArguments, peft_config
 from adamba.training.role_adapters import add_role_adapters
+from adamba.training.team_play import play_team
 from teams import TEAM, path_tokenizer, team_trainer, tiny_model
 
 ROLES = select_roles(TEAM, ENVIRONMENTS["plan_path"])
@@ -69,6 +72,21 @@ def test_held_out_games_are_played_to_their_end_and_all_roles_measured(
     assert 1 < metrics["eval_games/num_turns"] <= 6 and "eval_loss" not in metrics
     again = trainer.evaluate()
     assert again["eval_reward"] == metrics["eval_reward"], "games of an earlier evaluation are counted"
+
+
+def test_games_keep_to_the_models_context(tokenizer, tmp_path: Path) -> None:
+    trainer = team_trainer(tokenizer, tmp_path, TeamSettings(ROLES), num_eval_prompts=2)
+    trainer.model.config.max_position_embeddings = 30
+    rows = [own_columns(row) for row in trainer.eval_dataset]
+    plays = {
+        "training": trainer.train,
+        "its evaluation": trainer.evaluate,
+        "run_games": lambda: play_team(trainer.model, tokenizer, rows, ROLES, max_turns=2, max_new_tokens=24),
+    }
+    for what, play in plays.items():
+        with pytest.raises(UserError, match="more than 6 tokens leave no room") as error:
+            play()
+        assert "\n" not in str(error.value), what
 
 
 def test_the_best_checkpoint_of_all_roles_is_what_is_published(

@@ -22,6 +22,7 @@ from adamba.tasks.roles import Role
 from adamba.training.agent_rows import own_columns
 from adamba.training.agent_trainer import AgentGRPOTrainer
 from adamba.training.games import Game, Group, play_games
+from adamba.training.play import max_prompt_tokens
 from adamba.training.role_adapters import activate, role_weights, save_roles, train_all_roles
 
 
@@ -177,6 +178,7 @@ class AtGrpoTrainer(AgentGRPOTrainer):
             num_groups=len(prompts) // size,
             stray_fraction=settings.stray_fraction,
             begun=self._games,
+            max_prompt_tokens=self._max_prompt_tokens(),
         )
         self._games = [game for game in games if not game.is_over(settings.max_turns)]
         outside = time.perf_counter() - started - seconds
@@ -206,6 +208,9 @@ class AtGrpoTrainer(AgentGRPOTrainer):
         replies, _ = self._generate_single_turn(prompt_ids, None, {}, num_generations=1)
         return replies
 
+    def _max_prompt_tokens(self) -> int | None:
+        return max_prompt_tokens(self.accelerator.unwrap_model(self.model), self.max_completion_length)
+
     def _of_rows(self, of_groups: list[int]) -> torch.Tensor:
         values = torch.tensor(of_groups, device=self.accelerator.device)
         return values.repeat_interleave(self.num_generations)
@@ -234,7 +239,13 @@ class AtGrpoTrainer(AgentGRPOTrainer):
         rows = map(own_columns, inputs)
         with self._keeping_caches():
             groups, games = play_games(
-                rows, roles, self._tokenizer, self._speak, max_turns=max_turns, num_parallel=len(inputs)
+                rows,
+                roles,
+                self._tokenizer,
+                self._speak,
+                max_turns=max_turns,
+                num_parallel=len(inputs),
+                max_prompt_tokens=self._max_prompt_tokens(),
             )
         for game in games:
             self._evaluated["reward"].append(game.outcome["score"])

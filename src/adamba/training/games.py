@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adamba.data.render import chat_ids
+from adamba.errors import UserError
 from adamba.tasks import ENVIRONMENTS, tool_methods
 from adamba.tasks.roles import MAX_NOTE_CHARACTERS, Role, accepted, refusal, role_messages, role_tools
 from adamba.tools import ToolCall, parse_tool_calls, run_tool_call
@@ -33,6 +34,7 @@ class Game:
         log: Everything said: (role, text, what followed).
         final_text: Of a role that answers; ends the game.
         num_actions, num_invalid_actions: What was said, and how much of it could not be used.
+        no_room: The next prompt leaves no room for a reply; ends the game.
     """
 
     row: Row
@@ -48,6 +50,7 @@ class Game:
     num_actions: int = 0
     num_invalid_actions: int = 0
     num_generated_tokens: int = 0
+    no_room: bool = False
 
     @classmethod
     def start(cls, row: Row, roles: Sequence[Role]) -> "Game":
@@ -87,7 +90,7 @@ class Game:
         return is_success(self.outcome)
 
     def is_over(self, max_turns: int) -> bool:
-        return self.environment._done or self.final_text is not None or self.turn >= max_turns
+        return self.environment._done or self.final_text is not None or self.turn >= max_turns or self.no_room
 
     def observation(self) -> str:
         """The state as any role reads it."""
@@ -216,6 +219,7 @@ def play_games(
     num_groups: int | None = None,
     stray_fraction: float = 0.0,
     begun: Sequence[Game] = (),
+    max_prompt_tokens: int | None = None,
 ) -> tuple[list[Group], list[Game]]:
     """Play games until the rows, or `num_groups`, are used up. Games that are over make room for new ones.
 
@@ -226,8 +230,10 @@ def play_games(
         begun: Games of an earlier play, which go on.
         stray_fraction: How often not the best candidate but any is continued. The best ones alone never lead to the
             states after a mistake, in which the team then stands when nobody chooses for it.
+        max_prompt_tokens: Most that leave room for a reply; a game whose next prompt has more ends there.
 
     Raises:
+        UserError: no game has room for a reply, or too few for `num_groups` groups.
         ValueError: `rows` end before `num_groups` groups were made.
     """
     live, games = list(begun), list(begun)
@@ -242,6 +248,11 @@ def play_games(
                 if len(live) == num_parallel:
                     break
         if not live:
+            if max_prompt_tokens is not None and any(game.no_room for game in games) and (num_groups or not groups):
+                raise UserError(
+                    f"games: prompts of more than {max_prompt_tokens} tokens leave no room for a reply in the model's "
+                    "context; shorten replies (max_new_tokens, in training max_completion_length) or the instances"
+                )
             if num_groups is not None:
                 raise ValueError(f"play_games: the rows ended after {len(groups)} of {num_groups} groups")
             break
@@ -250,6 +261,10 @@ def play_games(
         if num_groups is not None:
             playing = playing[: num_groups - len(groups)]
         prompts = [prompt_ids(game, tokenizer) for game in playing]
+        if max_prompt_tokens is not None and max(map(len, prompts)) > max_prompt_tokens:
+            for game, prompt in zip(playing, prompts, strict=True):
+                game.no_room = len(prompt) > max_prompt_tokens
+            continue
         replies = speak([prompt for prompt in prompts for _ in range(num_candidates)], playing[0].role.name)
         for index, (game, prompt) in enumerate(zip(playing, prompts, strict=True)):
             own = replies[index * num_candidates : (index + 1) * num_candidates]

@@ -133,11 +133,11 @@ def play(
     live = [_start(tokenizer, row) for row in rows]
     episodes = [item.episode for item in live]
     environments = [item.environment for item in live]
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if live and limit is not None and min(len(item.ids) for item in live) + max_new_tokens > limit:
+    limit = max_prompt_tokens(model, max_new_tokens)
+    if live and limit is not None and min(len(item.ids) for item in live) > limit:
         raise UserError(
-            f"max_new_tokens: {max_new_tokens} after a prompt are more than the model's context of {limit} "
-            "(unsolved_fraction plays with max_completion_length)"
+            f"max_new_tokens: {max_new_tokens} after a prompt are more than the model's context of "
+            f"{limit + max_new_tokens} (unsolved_fraction plays with max_completion_length)"
         )
     if max_turns is None:
         max_turns = max([MIN_TURNS, *(getattr(item.environment, "_max_calls", 0) + 1 for item in live)])
@@ -148,7 +148,7 @@ def play(
             if temperature > 0:
                 torch.manual_seed(seed)
             for _ in range(max_turns):
-                live = [item for item in live if limit is None or len(item.ids) + max_new_tokens <= limit]
+                live = [item for item in live if limit is None or len(item.ids) <= limit]
                 # Neighbours of like length share a batch, so little of it is padding.
                 live.sort(key=lambda item: len(item.ids))
                 still_live = []
@@ -167,6 +167,12 @@ def play(
         episode.valid_calls = int(episode.outcome["valid_calls"])
         episode.invalid_calls += int(episode.outcome["invalid_calls"])
     return episodes
+
+
+def max_prompt_tokens(model: PreTrainedModel, max_new_tokens: int) -> int | None:
+    """Most tokens of a prompt that leave room for a turn in the model's context; None where that has no end."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return None if limit is None else limit - max_new_tokens
 
 
 def _start(tokenizer: PreTrainedTokenizerBase, row: Row) -> _Live:

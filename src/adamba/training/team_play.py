@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adamba.tasks.roles import Role
 from adamba.training.games import Game, is_success, play_games
-from adamba.training.play import Episode, generate_turns
+from adamba.training.play import Episode, generate_turns, max_prompt_tokens
 from adamba.training.role_adapters import activate
 
 Row = dict[str, Any]
@@ -60,7 +60,13 @@ def play_team(
     model.eval()
     with torch.no_grad():
         _, games = play_games(
-            iter(rows), roles, tokenizer, speak, max_turns=max_turns, num_parallel=min(len(rows), 128)
+            iter(rows),
+            roles,
+            tokenizer,
+            speak,
+            max_turns=max_turns,
+            num_parallel=min(len(rows), 128),
+            max_prompt_tokens=max_prompt_tokens(model, max_new_tokens),
         )
     model.train(was_training)
     return [_of_game(game) for game in games]
