@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from adamba.model.drafting_adamba import DraftLayer, DraftPolicy, draft_policy
@@ -107,6 +108,43 @@ def test_own_loops_stream_and_stop_at_the_end_token(mode: str | None) -> None:
     assert stopped[0, 6:].tolist() == whole[: whole.index(end) + 1]
     assert recorder.ids == stopped[0].tolist() and recorder.ended
     assert recorder.num_puts == 1 + len(stopped[0, 6:]), "the prompt at once, then each token"
+
+
+class Full(Recorder):
+    """Takes so many values and refuses the next."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.num_puts == self.room:
+            raise OSError("full")
+        super().put(value)
+
+
+@pytest.mark.parametrize("mode", [{"exit_mode": "verify", "exit_threshold": 0.2}, {"exit_threshold": 0.5}], ids=str)
+@pytest.mark.parametrize("seed", range(2))
+def test_a_streamer_that_raises_leaves_the_cache_whole(seed: int, mode: dict, monkeypatch) -> None:
+    """The prompt and all that was chosen but the newest token, as in plain decoding: from there one can go on."""
+    model, prompt = any_hybrid(seed), tokens(seed, batch=1, length=9)
+    options = {"do_sample": False, **mode}
+    monkeypatch.setattr(DraftPolicy, "choose", lambda self: DraftLayer(1, 0, 1, 0, length=4))
+    whole = model.generate(prompt, max_new_tokens=NEW_TOKENS, **options)
+    for num_new in range(1, 10):
+        stopped, ended = (DynamicCache(config=model.config) for _ in range(2))
+        with pytest.raises(OSError, match="full"):
+            model.generate(
+                prompt, past_key_values=stopped, streamer=Full(num_new), max_new_tokens=NEW_TOKENS, **options
+            )
+        model.generate(prompt, past_key_values=ended, max_new_tokens=num_new, **options)
+        assert stopped.get_seq_length() == 9 + num_new - 1
+        caches_agree(stopped, ended)
+        texts = [
+            model.generate(whole[:, : 9 + num_new], past_key_values=cache, max_new_tokens=3, **options)
+            for cache in (stopped, ended)
+        ]
+        assert torch.equal(*texts)
 
 
 def test_verify_takes_what_the_layers_below_agree_on(monkeypatch) -> None:

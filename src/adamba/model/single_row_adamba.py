@@ -195,26 +195,28 @@ def propagate_decode(
     exit_states: list[torch.Tensor] = []  # of the tokens from first_place on
     filled = [first_place] * (row.last_layer + 1)  # by layer: the first place that its cache lacks
     gate_layers = [*row.config.gate_layers, row.last_layer]
-    while not done:
-        place = row.input_ids.shape[1] - 1
-        hidden, next_layer = row.embed(row.input_ids[:, -1:]), 0
-        for layer in gate_layers:
-            for index in range(next_layer, layer + 1):
-                missing = place - filled[index]
-                if missing:
-                    hidden = torch.cat((*exit_states[-missing:], hidden), dim=1)
-                    hidden = row.run(hidden, filled[index], range(index, index + 1), num_live=1)
-                else:
-                    hidden = row.run(hidden, place, range(index, index + 1))
-                filled[index] = place + 1
-            next_layer = layer + 1
-            if layer == row.last_layer or row.confidence(hidden, layer) > threshold:
-                break
-        exit_states.append(hidden)
-        done = row.emit(row.choose(row.input_ids, row.logits(hidden)[:, -1])[0], layer)
-    end = first_place + len(exit_states)
-    if generation_config.return_dict_in_generate or getattr(row.cache, "_is_user_defined", False):
-        for index, place in enumerate(filled):
-            if place < end:
-                row.fill(torch.cat(exit_states[place - end :], dim=1), place, index)
+    try:
+        while not done:
+            place = row.input_ids.shape[1] - 1
+            hidden, next_layer = row.embed(row.input_ids[:, -1:]), 0
+            for layer in gate_layers:
+                for index in range(next_layer, layer + 1):
+                    missing = place - filled[index]
+                    if missing:
+                        hidden = torch.cat((*exit_states[-missing:], hidden), dim=1)
+                        hidden = row.run(hidden, filled[index], range(index, index + 1), num_live=1)
+                    else:
+                        hidden = row.run(hidden, place, range(index, index + 1))
+                    filled[index] = place + 1
+                next_layer = layer + 1
+                if layer == row.last_layer or row.confidence(hidden, layer) > threshold:
+                    break
+            exit_states.append(hidden)
+            done = row.emit(row.choose(row.input_ids, row.logits(hidden)[:, -1])[0], layer)
+    finally:  # also where a streamer raises: the caller may go on from this cache
+        end = first_place + len(exit_states)
+        if generation_config.return_dict_in_generate or getattr(row.cache, "_is_user_defined", False):
+            for index, place in enumerate(filled):
+                if place < end:
+                    row.fill(torch.cat(exit_states[place - end :], dim=1), place, index)
     return row.result()

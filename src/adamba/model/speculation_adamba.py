@@ -101,15 +101,21 @@ def speculative_decode(
         logits = row.logits(states)
         accepted = emitted = 0
         right = True
-        while right and not done and emitted < len(hidden):
-            position = logits[:, emitted]
-            if emitted < len(drafts):
-                right, token = _check(row, position, *drafts[emitted])
-                accepted += right
-            else:
-                token = row.choose(row.input_ids, position)[0]
-            done = row.emit(token, layer if emitted < len(drafts) and right else row.last_layer)
-            emitted += 1
+        try:
+            while right and not done and emitted < len(hidden):
+                position = logits[:, emitted]
+                if emitted < len(drafts):
+                    right, token = _check(row, position, *drafts[emitted])
+                    accepted += right
+                else:
+                    token = row.choose(row.input_ids, position)[0]
+                done = row.emit(token, layer if emitted < len(drafts) and right else row.last_layer)
+                emitted += 1
+        except BaseException:  # of a streamer, say: the caller may go on from this cache
+            if recording:
+                take_back(row.cache, len(hidden) - (row.input_ids.shape[1] - 1 - start))
+                stop_recording(row.cache)
+            raise
         if recording:
             take_back(row.cache, len(hidden) - emitted)
         policy.learn(chosen, len(hidden), judged[: accepted + 1], len(drafts), accepted, emitted)
