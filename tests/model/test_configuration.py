@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from adamba.model import AdambaConfig, AdambaForCausalLM
 from adamba.model.configuration_adamba import default_width_levels
@@ -97,6 +99,7 @@ def test_widths_are_resolved_for_each_attention_layer() -> None:
     assert config.resolve_width("normal") == config.resolve_width(32) == [32, 32]
     assert config.resolve_width(48) == [48, 48], "any multiple of the head group, not only the levels"
     assert config.resolve_width(["ghost", 64]) == [16, 64]
+    assert config.resolve_width(np.int64(32)) == config.resolve_width(torch.tensor([32, 32])) == [32, 32]
     assert config.heads_at(32) == (4, 2) and config.units_at(32) == 48
 
 
@@ -110,6 +113,9 @@ def test_widths_are_resolved_for_each_attention_layer() -> None:
         (80, "80 is not possible here; .* to 64"),
         ([16, 24], "24 is not possible here"),
         ([16], "1 values given for 2 attention layers"),
+        (1.5, "1.5 is no number of channels; use a level .ghost, normal, think. or a multiple of 16 from 16 to 64"),
+        ([16, 32.0], "32.0 is no number of channels; use"),
+        ([None, 32], "None is no number of channels; use"),
     ],
 )
 def test_an_impossible_width_says_what_would_work(width: object, message: str) -> None:

@@ -1,6 +1,7 @@
 """Configuration of an elastic attention + Mamba-2 hybrid."""
 
-from numbers import Integral
+from numbers import Number
+from operator import index
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -181,13 +182,13 @@ class AdambaConfig(PreTrainedConfig):
         `None`, a level name, an int or one of these per attention layer -> channels of each attention layer.
 
         Raises:
-            ValueError: a name that is no level, a width that is no multiple of `width_step`, or one that is wider
-                than this checkpoint's layer.
+            ValueError: a name that is no level, what is no whole number, a width that is no multiple of `width_step`,
+                or one that is wider than this checkpoint's layer.
         """
         count = self.num_attention_layers
         if width is None:
             return list(self.attention_widths)
-        if isinstance(width, (str, Integral)):  # NumPy's integers too
+        if isinstance(width, (str, Number)):  # NumPy's too
             width = [width] * count
         width = list(width)
         if len(width) != count:
@@ -199,7 +200,13 @@ class AdambaConfig(PreTrainedConfig):
             if value not in self.width_levels:
                 raise ValueError(f"width: unknown level {value!r}; the levels are {', '.join(self.width_levels)}")
             value = min(self.width_levels[value], limit)
-        value = int(value)
+        try:
+            value = index(value)
+        except TypeError:
+            raise ValueError(
+                f"width: {value!r} is no number of channels; use a level ({', '.join(self.width_levels)}) or a "
+                f"multiple of {self.width_step} from {self.width_step} to {limit}"
+            ) from None
         if value < self.width_step or value > limit or value % self.width_step:
             nearest = min(range(self.width_step, limit + 1, self.width_step), key=lambda width: abs(width - value))
             raise ValueError(
