@@ -1,4 +1,4 @@
-"""Activation checkpointing changes memory, not gradients (invariant 10, one process)."""
+"""Activation checkpointing changes memory, not gradients (invariant 10, one process); export with and without."""
 
 import pytest
 import torch
@@ -62,3 +62,13 @@ def test_gradient_checkpointing_refuses_a_cache(cache: str) -> None:
         model(ids, labels=ids, **options)
     with torch.no_grad():
         model(ids, **options)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_exported_model_computes_the_same(grad: bool) -> None:
+    """Also where nobody wrote `torch.no_grad()`; to be run, not trained."""
+    model, ids = hybrid(0).eval(), tokens(0, batch=2, length=8)
+    with torch.set_grad_enabled(grad):
+        exported = torch.export.export(model, (ids,), {"use_cache": False}).module()
+        logits, expected = exported(ids, use_cache=False).logits, model(ids, use_cache=False).logits
+    torch.testing.assert_close(logits, expected)

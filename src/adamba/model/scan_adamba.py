@@ -155,7 +155,7 @@ class ChunkScan(torch.autograd.Function):
                 state = torch.addcmul(added[:, chunk], state, part.kept[:, chunk])
             last_state[rows] = state
             carried = part.c @ incoming[rows, chunks].flatten(3, 4).transpose(-1, -2)
-            out = torch.mul(part.x, d_H.view(groups, -1, 1), out=y[block].view(part.split))
+            out = y[block].view(part.split).copy_(part.x).mul_(d_H.view(groups, -1, 1))
             out.addcmul_(part.tokens(carried), part.from_start)
             out += part.tokens(part.scores @ part.heads(part.dx))
         ctx.save_for_backward(x, dt, a_H, b, c, d_H, incoming, document)
