@@ -1,5 +1,5 @@
 """
-Phase 6, offline: DPO on pairs of turns, the solver's against a wrong one, or on trajectories from a file.
+Phase 6, offline: DPO on pairs of turns: the solver's against a wrong one, trajectories of a file, or a card's pairs.
 
     accelerate launch src/run_dpo.py recipes/tiny/phase6_dpo.yaml
     accelerate launch src/run_dpo.py recipes/tiny/phase6_dpo.yaml --mix pairs=1.0 --data_files pairs=pairs.jsonl \
@@ -77,7 +77,13 @@ def main() -> None:
     output_dir = start(args, recipe, inputs)
     logger.info("mix: %s", log_mix(data_args.mix))
 
-    options = {"settings": data_args.task_settings, "data_files": data_args.data_files, "seed": data_args.mix_seed}
+    options = {
+        "settings": data_args.task_settings,
+        "data_files": data_args.data_files,
+        "cards_dir": data_args.cards_dir,
+        "on_bad_file": data_args.on_bad_file,
+        "seed": data_args.mix_seed,
+    }
     rows = preference_rows(
         data_args.mix, args.num_pairs, split="train", distinct=args.distinct_pairs, imitated=args.imitated, **options
     )

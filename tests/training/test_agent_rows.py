@@ -36,7 +36,10 @@ def test_unknown_sources_are_refused() -> None:
         prompt_rows({"chess": 1.0}, 1, split="train", seed=0, settings={})
     with pytest.raises(ValueError, match="task_settings: 'chess'"):
         prompt_rows(MIX, 1, split="train", seed=0, settings={"chess": {}})
-    with pytest.raises(ValueError, match=r"mix: 'rollouts' is no task .*; give its pairs: --data_files rollouts="):
+    for name in ("sharegpt", "chess"):
+        with pytest.raises(ValueError, match=rf"mix: '{name}' is no task .*; give its pairs: --data_files {name}="):
+            preference_rows({name: 1.0}, 1, split="train", seed=0, settings={}, data_files={})
+    with pytest.raises(ValueError, match="rollouts: it lives in no repository .*; pass local files with --data_fil"):
         preference_rows({"rollouts": 1.0}, 1, split="train", seed=0, settings={}, data_files={})
 
 
@@ -75,6 +78,30 @@ def test_pairs_of_a_file_are_split_by_prompt_and_each_drawn_once_before_any_agai
     first, second = twice[: len(trained)], twice[len(trained) :]
     assert set(first) == set(second) == trained and first != second
     assert drawn(400, "train") == drawn(400, "train") != drawn(400, "train", seed=1)
+
+
+def test_a_card_of_pairs_is_read_and_split_by_prompt(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "data/my_pairs").mkdir(parents=True)
+    rows = [
+        {"question": f"question {number // 2}", "chosen": f"yes {number}", "rejected": "no"} for number in range(1000)
+    ]
+    (tmp_path / "data/my_pairs/rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = "adamba: {id: my_pairs, loader: hub, path: me/pairs, format: preference, columns: {prompt: question}}"
+    (tmp_path / "my_pairs.md").write_text(f"---\n{own}\n---\n")
+    monkeypatch.chdir(tmp_path)  # what `run_data.py download` brought stands in for the Hub
+
+    def drawn(number: int, split: Any) -> list[tuple[str, str]]:
+        options: dict[str, Any] = {"split": split, "seed": 0, "settings": {}, "data_files": {}}
+        rows = preference_rows({"my_pairs": 1.0}, number, cards_dir=str(tmp_path), **options)
+        assert all(row["source"] == "my_pairs" and row["tools"] == [] for row in rows)
+        return [(row["prompt"][0]["content"], row["chosen"][0]["content"]) for row in rows]
+
+    held_out, trained = set(drawn(1000, "test")), set(drawn(1200, "train"))
+    assert 5 < len(held_out) < 50 and len(held_out) + len(trained) == 1000
+    assert not {prompt for prompt, _ in held_out} & {prompt for prompt, _ in trained}
+    (tmp_path / "data/my_pairs/rows.jsonl").write_text(json.dumps(rows[0]))
+    with pytest.raises(ValueError, match="my_pairs: holds no pair for the test split; give more, or num_eval"):
+        drawn(3, "test")
 
 
 def test_a_file_without_a_held_out_pair_says_so(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, Value
 
+from adamba.data.cards import find_cards_dir, parse_card
+from adamba.data.files import OnBadFile
 from adamba.data.formats.conversation import SPECIAL_TEXTS, DroppedRow, check_unicode
 from adamba.data.formats.plain import check_message, check_tools
 from adamba.data.formats.preference import check_answer
-from adamba.data.mixture import storable
+from adamba.data.mixture import load_mixture, storable
 from adamba.data.sources import is_held_out
 from adamba.errors import UserError
 from adamba.tasks import TASKS, Split, Task
@@ -53,26 +55,25 @@ def preference_rows(
     seed: int,
     settings: Mapping[str, dict[str, Any]],
     data_files: Mapping[str, str],
+    cards_dir: str = "data_cards",
+    on_bad_file: OnBadFile = "stop",
     distinct: bool = False,
     imitated: Collection[str] = (),
 ) -> Dataset:
-    """Rows `{"prompt", "chosen", "rejected", "tools", "source"}`: a task's own pairs, or trajectories from a file.
+    """Rows `{"prompt", "chosen", "rejected", "tools", "source"}`: a task's own pairs, or those of a file or a card.
 
-    A source in `data_files` is a JSON Lines file of such rows (`tools` may be absent). One prompt in fifty, by its
-    hash, belongs to `test` with all its pairs. Each pair is drawn once before any is drawn again.
+    A source in `data_files` is a JSON Lines file of such rows (`tools` may be absent), another one a data card of
+    format `preference`. One prompt in fifty, by its hash, belongs to `test` with all its pairs, where a card names no
+    such split. Each pair is drawn once before any is drawn again.
     With `distinct`, each of the drawn pairs is kept once: fewer rows, and rare turns weigh as much as common ones.
     A source in `imitated` gets its good turn as the rejected one too: the halves of DPO's loss cancel, and only a
     supervised term is left. (Of two long expressions that differ in a digit, DPO also makes what follows the wrong
     digit unlikely, although that is right, and so harms the copying of expressions.)
 
     Raises:
-        UserError: a source that is neither a task nor in `data_files`, a row of a file that is no pair, a file without
-            a pair of this split, or an imitated source that is not in the mix.
+        UserError: a source that is neither a task nor in `data_files` nor a card of pairs, a row of a file that is no
+            pair, a source without a pair of this split, or an imitated source that is not in the mix.
     """
-    for name in mix:
-        if name not in TASKS and name not in data_files:  # a card may name it, but its rows are not fetched here
-            known = ", ".join(TASKS)
-            raise UserError(f"mix: {name!r} is no task ({known}); give its pairs: --data_files {name}=PAIRS.jsonl")
     _check_known("task_settings", settings, [*TASKS, *data_files])
     for name in imitated:
         if name not in mix:
@@ -81,6 +82,8 @@ def preference_rows(
                 f"imitated: {name!r} is not in the mix ({', '.join(mix)}); give --imitated '[{', '.join(rest)}]' too"
             )
     pairs = {name: _shuffled_pairs(data_files[name], split, seed) for name in mix if name in data_files}
+    for name in [name for name in mix if name not in TASKS and name not in pairs]:
+        pairs[name] = _pairs_of_card(name, split, seed, cards_dir, on_bad_file)
 
     def make(name: str, row_seed: int) -> Row:
         if name in pairs:
@@ -103,13 +106,28 @@ def preference_rows(
 def _shuffled_pairs(path: str, split: Split, seed: int) -> Iterator[Row]:
     """The file's pairs of this split for ever, each pass in another order."""
     pairs = read_pairs(path)
-    ours = [pair for pair in pairs if is_held_out({"prompt": pair["prompt"]}) == (split == "test")]
+    ours = [pair for pair in pairs if is_held_out(pair) == (split == "test")]
     if not ours:
         kind = "held out (one prompt in fifty is)" if split == "test" else "left to train on"
         how = "give more, or num_eval_pairs: 0" if split == "test" else "give more"
         raise UserError(f"{path}: of its {len(pairs)} pairs none is {kind}; {how}")
     passes = (random.Random(f"pairs/{seed}/{number}").sample(ours, len(ours)) for number in itertools.count())
     return itertools.chain.from_iterable(passes)
+
+
+def _pairs_of_card(name: str, split: Split, seed: int, cards_dir: str, on_bad_file: OnBadFile) -> Iterator[Row]:
+    """The pairs of a data card for ever, each pass of the held-out ones in the same order."""
+    file = find_cards_dir(cards_dir) / f"{name}.md"
+    if not file.is_file() or parse_card(file).format != "preference":
+        known = ", ".join(TASKS)
+        raise UserError(
+            f"mix: {name!r} is no task ({known}) and no data card of format 'preference'; "
+            f"give its pairs: --data_files {name}=PAIRS.jsonl"
+        )
+    stream = load_mixture({name: 1.0}, split=split, seed=seed, cards_dir=cards_dir, on_bad_file=on_bad_file)
+    if next(iter(stream), None) is None:
+        raise UserError(f"{name}: holds no pair for the {split} split; give more, or num_eval_pairs: 0")
+    return itertools.chain.from_iterable(itertools.repeat(stream))
 
 
 def read_pairs(path: str) -> list[Row]:
