@@ -118,6 +118,19 @@ def test_grpo_without_tools(checkpoint: Path, tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "out" / "metrics.json").is_file()
 
 
+def test_a_run_that_wrote_its_tokens_takes_no_step_more(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"max_generated_tokens": 1, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    path = write(GRPO | keys | {"model_name_or_path": str(checkpoint)}, tmp_path)
+    found = []
+    for _ in range(2):
+        run_here("run_grpo.py", path, monkeypatch)
+        metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+        found.append({key: metrics[key] for key in ("train_steps", "num_generated_tokens", "tokens_seen")})
+    assert found[0] == found[1] and found[0]["train_steps"] == 1
+
+
 def test_grpo_on_what_is_not_solved_yet(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

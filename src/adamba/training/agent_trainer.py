@@ -11,7 +11,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
@@ -58,6 +58,16 @@ class AgentGRPOTrainer(OptimizerMixin, GRPOTrainer):
         self.add_callback(_TokenBudget(self))
         if self.tools:
             answer_unreadable_calls(self._tokenizer)
+
+    def count_on(self, state: TrainerState) -> None:
+        """Go on counting from what a run that stands at `state` had generated."""
+        counted = [entry[TOKENS] for entry in state.log_history if TOKENS in entry]
+        self.num_generated_tokens = int(counted[-1]) if counted else 0
+
+    @property
+    def is_at_budget(self) -> bool:
+        """Whether all tokens that may be generated are."""
+        return self.max_generated_tokens is not None and self.num_generated_tokens >= self.max_generated_tokens
 
     def _generate(self, prompts: list) -> Any:
         with self._keeping_caches():
@@ -173,12 +183,10 @@ class _TokenBudget(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        counted = [entry[TOKENS] for entry in state.log_history if TOKENS in entry]
-        self.trainer.num_generated_tokens = int(counted[-1]) if counted else 0
+        self.trainer.count_on(state)
 
     def on_step_end(self, args, state, control, **kwargs):
-        limit = self.trainer.max_generated_tokens
-        if limit is not None and self.trainer.num_generated_tokens >= limit:
+        if self.trainer.is_at_budget:
             control.should_training_stop = control.should_log = True
         return control
 

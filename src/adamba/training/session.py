@@ -200,7 +200,9 @@ def train(trainer: Trainer) -> dict[str, float]:
         logger.info("resuming from %s", resume)
         saved = TrainerState.load_from_json(str(Path(resume) / TRAINER_STATE_NAME))
         resumed_step = saved.global_step
-        if resumed_step >= saved.max_steps:
+        if hasattr(trainer, "count_on"):
+            trainer.count_on(saved)
+        if resumed_step >= saved.max_steps or getattr(trainer, "is_at_budget", False):
             return _take_over(trainer, resume, saved)
     if trainer.is_world_process_zero():
         check_space(trainer)
@@ -234,7 +236,10 @@ def train(trainer: Trainer) -> dict[str, float]:
 
 
 def _take_over(trainer: Trainer, checkpoint: str, saved: TrainerState) -> dict[str, float]:
-    """A run that was stopped after its last step but before it was published. `Trainer.train` would do a step more."""
+    """
+    A run that was stopped after its last step but before it was published, or is started again when its
+    `max_generated_tokens` are generated. `Trainer.train` would do a step more.
+    """
     if trainer.args.load_best_model_at_end and saved.best_model_checkpoint:
         checkpoint = saved.best_model_checkpoint  # as `Trainer.train` ends
     by_fsdp = saved_by(Path(checkpoint))[0] == "FSDP"  # the Trainer would read it under FSDP only
