@@ -17,11 +17,10 @@ import torch
 
 from adamba.data import load_mixture, log_mix, pack_rows
 from adamba.data.arguments import DataArguments
-from adamba.errors import UserError, user_errors
+from adamba.errors import user_errors
 from adamba.loading import ModelArguments, check_length, load_model_and_tokenizer
-from adamba.model import AdambaForCausalLM
 from adamba.recipe import parse
-from adamba.training.elastic import ElasticArguments
+from adamba.training.elastic import ElasticArguments, check_elastic
 from adamba.training.freezing import freeze_all_but, freeze_idle
 from adamba.training.pretraining import PretrainConfig, PretrainTrainer, sort_where_it_trains
 from adamba.training.session import finish, logger, measures, start, train
@@ -40,8 +39,7 @@ def main() -> None:
 
     model, tokenizer = load_model_and_tokenizer(model_args, data_args, training=True)
     check_length(model, args.max_length)
-    if elastic_args.elastic and not isinstance(model, AdambaForCausalLM):
-        raise UserError(f"elastic: needs a hybrid, but {model_args.model_name_or_path} is a {type(model).__name__}")
+    check_elastic(model, elastic_args, recipe.path)
 
     rows = load_mixture(data_args.mix, **data_args.mixture_options("train"))
     packed = pack_rows(rows, tokenizer, args.max_length, one_source_per_row=True, seed=data_args.mix_seed)

@@ -17,9 +17,8 @@ from adamba.data.arguments import DataArguments
 from adamba.errors import UserError, user_errors
 from adamba.launch import is_true
 from adamba.loading import ModelArguments, check_length, load_model_and_tokenizer
-from adamba.model import AdambaForCausalLM
 from adamba.recipe import parse
-from adamba.training.elastic import ElasticArguments
+from adamba.training.elastic import ElasticArguments, check_elastic
 from adamba.training.freezing import freeze_idle
 from adamba.training.lora import DORA_IS_WHOLE, LoraArguments, learning_gates, merge_adapters, peft_config
 from adamba.training.routing import RouterArguments, RouterTrainer, prepare_router_run, set_budget
@@ -39,8 +38,7 @@ def main() -> None:
 
     model, tokenizer = load_model_and_tokenizer(model_args, data_args, training=True)
     check_length(model, args.max_length)
-    if elastic_args.elastic and not isinstance(model, AdambaForCausalLM):
-        raise UserError(f"elastic: needs a hybrid, but {model_args.model_name_or_path} is a {type(model).__name__}")
+    check_elastic(model, elastic_args, recipe.path)
     if elastic_args.elastic and lora_args.use_peft and is_true("ACCELERATE_USE_FSDP"):
         raise UserError(
             "elastic: with use_peft it does not run under FSDP, which would split the head; use zero3.yaml"

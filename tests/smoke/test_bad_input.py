@@ -134,7 +134,6 @@ def test_a_recipe_that_is_none(text: str, tmp_path: Path, monkeypatch, capsys) -
         ({"max_steps": 0}, "x.yaml: max_steps: 0 must be given, above 0"),
         ({"train_only": "attention"}, "train_only: 'attention' is unknown; use all, mamba"),
         ({"old_weight_lr_scale": 2.0}, "x.yaml: old_weight_lr_scale: 2.0 must be from 0 to 1"),
-        ({"elastic": True, "width_weights": {"tiny": 1.0}}, "width_weights: 'tiny' is no level of the model; use gho"),
         ({"width_weights": {"ghost": -1.0}}, "x.yaml: width_weights: ghost=-1.0 must not be negative"),
         ({"max_length": 1}, "max_length: 1 is too small"),
         ({"max_length": 99999999}, "max_length: 99999999 is more than the model's 128 positions"),
@@ -150,6 +149,22 @@ def test_a_recipe_that_is_none(text: str, tmp_path: Path, monkeypatch, capsys) -
 )
 def test_pretraining_settings(keys, message, shelf, refuse) -> None:
     assert message in refuse("run_pretrain.py", TRAIN | {"model_name_or_path": str(shelf / "hybrid")} | keys)
+
+
+@pytest.mark.parametrize("script", ["run_pretrain.py", "run_sft.py"])
+@pytest.mark.parametrize(
+    ("model", "keys", "message"),
+    [
+        ("hybrid", {"width_weights": {"tiny": 1.0}}, "width_weights: 'tiny' is no level of the model; use ghost"),
+        ("hybrid", {"width_loss_weights": {"tiny": 1.0}}, "width_loss_weights: 'tiny' is no level of the model; use"),
+        ("sliced", {}, "elastic: this checkpoint was sliced; train the elastic one that it came from"),
+    ],
+)
+def test_what_elastic_training_cannot_do_is_said_before_data_is_read(
+    script, model, keys, message, shelf, refuse
+) -> None:
+    asked = {"elastic": True, "distill": False, "mix": {"unreadable": 1.0}, "model_name_or_path": str(shelf / model)}
+    assert f"x.yaml: {message}" in refuse(script, TRAIN | asked | keys)
 
 
 def test_elastic_and_mamba_need_a_hybrid(shelf, refuse) -> None:

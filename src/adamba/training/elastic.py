@@ -95,6 +95,25 @@ def by_level(config: AdambaConfig, key: str, named: dict[str, float] | None, oth
     return [(named or {}).get(name, otherwise) for name in config.width_levels]
 
 
+def check_elastic(model: PreTrainedModel, args: ElasticArguments, recipe: str | None) -> None:
+    """
+    Before data is read: nothing else would say until the first step what this model cannot train.
+
+    Raises:
+        UserError: naming the recipe. A model without widths, or with one left; weights of what is no level.
+    """
+    if not args.elastic:
+        return
+    try:
+        if not isinstance(model, AdambaForCausalLM):
+            name = model.config._name_or_path or "the new model"
+            raise UserError(f"elastic: needs a hybrid, but {name} is a {type(model).__name__}")
+        draw(model.config, args, seed=0, step=0, micro_step=0)
+        by_level(model.config, "width_loss_weights", args.width_loss_weights, otherwise=1.0)
+    except UserError as error:
+        raise UserError(f"{recipe or 'command line'}: {error}") from None
+
+
 def draw(config: AdambaConfig, args: ElasticArguments, seed: int, step: int, micro_step: int) -> Draw:
     """The same on every rank and after every restart: it depends on nothing but the arguments."""
     if any(width != config.hidden_size for width in config.attention_widths):
