@@ -78,7 +78,7 @@ class EvalArguments:
 
 @user_errors()
 def main() -> None:
-    model_args, data_args, hub_args, args, _ = parse(ModelArguments, DataArguments, HubArguments, EvalArguments)
+    model_args, data_args, hub_args, args, recipe = parse(ModelArguments, DataArguments, HubArguments, EvalArguments)
     read_run(model_args.model_name_or_path or "")  # where the figures go: its files are replaced
     target = hub_target(hub_args, model_args.model_name_or_path or "")
     calibration = calibration_settings(args.calibrate)
@@ -125,10 +125,13 @@ def main() -> None:
         metrics |= elastic_metrics(model, tokenizer, rows, args, sweep)
     if not state.is_main_process:
         return
+    found: dict[str, float | str] = {}
     if calibration is not None:
-        metrics |= calibrate_checkpoint(model, tokenizer, model_args.model_name_or_path, games, spare, calibration)
+        found = calibrate_checkpoint(model, tokenizer, model_args.model_name_or_path, games, spare, calibration)
+        update_metrics(model_args.model_name_or_path, found, "calibration")  # they stay as long as what it chose
     metrics["eval_seconds"] = time.monotonic() - started
-    update_metrics(model_args.model_name_or_path, metrics)
+    update_metrics(model_args.model_name_or_path, metrics, recipe.path or "run_eval.py")
+    metrics |= found
     if target is not None:
         logger.info("pushed to %s", push_run(model_args.model_name_or_path, target))
     for key in sorted(metrics):

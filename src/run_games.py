@@ -56,7 +56,7 @@ class GamesArguments:
 
 @user_errors()
 def main() -> None:
-    model_args, args, _ = parse(ModelArguments, GamesArguments)
+    model_args, args, recipe = parse(ModelArguments, GamesArguments)
     setup_logging()
     started = time.monotonic()
     folder = Path(model_args.model_name_or_path or "")
@@ -99,7 +99,7 @@ def main() -> None:
         )
     metrics["eval_seconds"] = time.monotonic() - started
     (folder / "games.json").write_text(json.dumps({"task": task, "transcripts": transcripts}, indent=1) + "\n")
-    update_metrics(folder, metrics)
+    update_metrics(folder, metrics, recipe.path or "run_games.py")
 
 
 def ways_to_play(

@@ -177,16 +177,32 @@ def test_foreign_folder_is_refused_by_name(tmp_path):
 
 def test_metrics_are_merged_into_file_and_card(tmp_path):
     folder = publish(Weights(), None, tmp_path / "x", RECIPE, {"eval_loss": 1.0, "z": 1}, {})
-    update_metrics(folder, {"eval_loss": 0.5, "accuracy_calculator": torch.tensor(0.25)})
+    update_metrics(folder, {"eval_loss": 0.5, "accuracy_calculator": torch.tensor(0.25)}, "eval.yaml")
     assert read_metrics(folder) == {"accuracy_calculator": 0.25, "eval_loss": 0.5, "z": 1}
     assert "| calculator accuracy | 0.25 |" in (folder / "README.md").read_text()
     record_evaluation(folder, "abc")
     assert read_run(folder)["evaluation"] == "abc"
     assert is_complete(folder, fingerprint())
-    update_metrics(folder, {"eval_loss": 0.4})
+    update_metrics(folder, {"eval_loss": 0.4}, "other.yaml")
     assert "evaluation" not in read_run(folder) and is_complete(folder, fingerprint()), "these are of another one"
     with pytest.raises(TypeError, match="flat: nested is a dict"):
-        update_metrics(folder, {"nested": {}})
+        update_metrics(folder, {"nested": {}}, "eval.yaml")
+
+
+def test_figures_that_an_evaluation_no_longer_makes_go_and_all_others_stay(tmp_path):
+    folder = publish(Weights(), None, tmp_path / "x", RECIPE, {"train_loss": 1.0}, {})
+    update_metrics(folder, {"eval_loss": 0.5, "eval_loss_threshold_0.5": 0.7, "accuracy_calculator": 0.2}, "eval.yaml")
+    update_metrics(folder, {"success_rate_team": 0.3, "accuracy_calculator": 0.25}, "games.yaml")
+    update_metrics(folder, {"eval_loss": 0.4}, "eval.yaml")
+    assert read_metrics(folder) == {
+        "train_loss": 1.0,
+        "eval_loss": 0.4,
+        "success_rate_team": 0.3,
+        "accuracy_calculator": 0.25,  # of the evaluation that made it last
+    }
+    update_metrics(folder, {}, "games.yaml")
+    assert read_metrics(folder) == {"train_loss": 1.0, "eval_loss": 0.4}
+    assert "calculator accuracy" not in (folder / "README.md").read_text()
 
 
 def test_trainer_folder_is_apart_and_belongs_to_one_run(tmp_path):
@@ -236,7 +252,7 @@ def test_what_runs_left_may_be_replaced(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         publish(Weights(fail=True), None, tmp_path / "x", RECIPE, {}, {})
     folder = publish(Adapter(), None, tmp_path / "x", RECIPE, {}, {})
-    update_metrics(folder, {"eval_loss": 0.5})
+    update_metrics(folder, {"eval_loss": 0.5}, "eval.yaml")
     (folder / "games.json").write_text("{}")
     log = [{"step": step, "loss": 3.0, "loss_width_32": 4.0} for step in (1, 2)]
     (folder / "log_history.json").write_text(json.dumps(log))

@@ -41,7 +41,7 @@ from adamba.publish import update_metrics
 checkpoint = sys.argv[sys.argv.index("--model_name_or_path") + 1]
 with open("ran.txt", "a") as file:
     file.write(Path(checkpoint).name + "_eval ")
-update_metrics(checkpoint, {"accuracy_calculator": 0.5})
+update_metrics(checkpoint, {"accuracy_calculator": 0.5}, sys.argv[1])
 """
 
 

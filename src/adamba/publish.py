@@ -80,17 +80,21 @@ def publish(
     return Path(output_dir)
 
 
-def update_metrics(output_dir: str | Path, metrics: Metrics) -> None:
+def update_metrics(output_dir: str | Path, metrics: Metrics, evaluation: str) -> None:
     """
-    Merge metrics into a published folder's `metrics.json` and model card.
+    Merge what an evaluation measured into a published folder's `metrics.json` and model card. `run.json` notes the
+    names of its figures under its own name: those that it made before and no longer makes go, all others stay.
 
     What `record_evaluation` noted no longer holds of them: a family that is run on measures again.
     """
     folder = Path(output_dir)
-    merged = read_metrics(folder) | _plain_metrics(metrics)
-    run = read_run(folder)
-    if run.pop("evaluation", None) is not None:
-        _write_json(folder / "run.json", run)
+    found, run = _plain_metrics(metrics), read_run(folder)
+    run.pop("evaluation", None)
+    measured = run.get("measured", {})
+    stale = measured.get(evaluation, [])
+    merged = {key: value for key, value in read_metrics(folder).items() if key not in stale} | found
+    others = {name: [key for key in keys if key not in found] for name, keys in measured.items()}
+    _write_json(folder / "run.json", run | {"measured": others | {evaluation: sorted(found)}})
     _write_json(folder / "metrics.json", merged)
     write_whole(folder / "README.md", model_card(folder, folder.as_posix()))
 

@@ -172,6 +172,9 @@ def test_the_calibrated_threshold_is_in_the_checkpoint(
     assert found["calibrated_exit_threshold"] == threshold
     assert (found["calibration_unit"], found["calibration_risk"], found["calibration_trials"]) == (unit, 0.5, 4)
     assert "calibration_bound_threshold_0.999" in found
+    measured = json.loads((runs / name / "run.json").read_text())["measured"]
+    assert "calibrated_exit_threshold" in measured["calibration"], "a later evaluation without it would lose it"
+    assert "eval_loss" in measured[str(runs / "eval.yaml")]
     model, _ = load_model_and_tokenizer(ModelArguments(model_name_or_path=name))
     assert model.generation_config.exit_threshold == threshold
     trained_on, _ = load_model_and_tokenizer(ModelArguments(model_name_or_path=name), training=True)
