@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import run_dpo  # noqa: F401  before the forks: each of them would import it anew
 import run_grpo
 from adamba.model import AdambaForCausalLM
+from adamba.rewards import REWARDS
 from adamba.training import at_grpo
 from adamba.training.agent_trainer import AgentGRPOTrainer
 from adamba.training.checkpoints import fault
@@ -223,6 +224,30 @@ def test_each_held_out_game_is_played_once_and_all_processes_are_measured(
     assert sorted(Counter(seeds[0] + seeds[1]).values()) == [2, 2, 2]
     log = json.loads((tmp_path / "out/log_history.json").read_text())
     assert {entry[rate] for entry in log for rate in entry if rate == "games/actor/invalid_action_rate"} == {0.5}
+
+
+def test_each_held_out_row_counts_once(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """As above, of an agent alone."""
+
+    def correctness(prompts, completions, seed, environment, log_metric, **columns) -> list[float]:
+        with (tmp_path / "seeds").open("a") as file:
+            file.writelines(f"{one}\n" for one in seed)
+        log_metric(f"score_{environment[0]}", 0.5)
+        return [one % 7 / 7 for one in seed]
+
+    monkeypatch.setitem(REWARDS, "correctness", correctness)
+    held_out = {"num_eval_prompts": 3, "num_generations_eval": 2, "eval_strategy": "steps", "eval_on_start": True}
+    recipe = GRPO | held_out | {"mix": {"calculator": 1.0}, "rewards": {"correctness": 2.0}, "max_steps": 1}
+    recipe = recipe | {"model_name_or_path": str(folder / "model"), "per_device_eval_batch_size": 2}
+    del recipe["per_device_train_batch_size"]
+    path = write_recipe(tmp_path / "alone.yaml", recipe | {"eval_steps": 5})
+    launch(2, tmp_path, path, "--output_dir", tmp_path / "out", config="ddp_cpu", rows=8, script="run_grpo.py")
+    read = [int(line) for line in (tmp_path / "seeds").read_text().split()][:8]  # before the first step
+    mean = sum(seed % 7 / 7 for seed in set(read)) / 3
+    assert sorted(Counter(read).values()) == [2, 2, 4] and mean != sum(seed % 7 / 7 for seed in read) / 8
+    found, _ = [e for e in json.loads((tmp_path / "out/log_history.json").read_text()) if "eval_reward" in e]
+    assert found["eval_reward"] == pytest.approx(2 * mean)
+    assert found["eval_rewards/correctness/mean"] == found["eval_score_calculator"] == pytest.approx(mean)
 
 
 @pytest.mark.parametrize(("config", "split"), [("zero3", "ZeRO-3"), ("fsdp2", "FSDP")])

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -11,6 +11,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
@@ -18,6 +19,7 @@ from trl.models import unwrap_model_for_generation
 from adamba.errors import UserError
 from adamba.model import AdambaForCausalLM
 from adamba.model.decoding_adamba import OPTIONS
+from adamba.rewards.correctness import correctness
 from adamba.tools.calls import OPEN, parse_tool_calls
 from adamba.training.conversations import Conversations, fits
 from adamba.training.generations import load_generation, save_generation
@@ -40,7 +42,9 @@ class AgentGRPOTrainer(OptimizerMixin, GRPOTrainer):
     - answers a call that cannot be read with what is wrong with it; TRL would take it for a final text;
     - keeps the caches of episodes between their turns where it can (`adamba.training.conversations`);
     - trains only on rows that have an advantage, where the others have no gradient: `entropy` and `clip_ratio` are
-      then of these rows.
+      then of these rows;
+    - counts each held-out row once in `eval_reward`, `eval_rewards/*/mean` and `eval_score_*`: TRL takes means of
+      batches, also of rows that are there a second time, to fill the last one.
     """
 
     def __init__(self, *args: Any, max_generated_tokens: int | None = None, **kwargs: Any) -> None:
@@ -53,6 +57,8 @@ class AgentGRPOTrainer(OptimizerMixin, GRPOTrainer):
             )
         self._conversations: Conversations | None = None
         self._said_how = False
+        self._evaluated: dict[str, list[float]] = defaultdict(list)
+        self._num_read = self._num_held_out = 0  # rows of an evaluation: by this process, of all
         self.num_generated_tokens = 0
         self.max_generated_tokens = max_generated_tokens
         self.add_callback(_TokenBudget(self))
@@ -126,6 +132,37 @@ class AgentGRPOTrainer(OptimizerMixin, GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         inputs = super()._prepare_inputs(generation_batch)
         return self._rows_that_teach(inputs) if self.model.training and self._only_advantages_teach() else inputs
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """What `_evaluated` has of each held-out row, all processes' together, is what is logged."""
+        self._evaluated.clear()
+        self._num_read, self._num_held_out = 0, len(dataloader.dataset) * self.num_generations_eval
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        parts = gather_object([dict(self._evaluated)])
+        for name in dict.fromkeys(name for part in parts for name in part):
+            values = [value for part in parts for value in part.get(name, ())]
+            self._metrics["eval"][name] = [sum(values) / len(values)]
+        return output
+
+    def _read_held_out(self, num_rows: int) -> int:
+        """How many rows of the evaluation's next batch, the first ones, were not there before."""
+        # Processes read equal numbers of rows; the first ones come again, on the last of them, to fill the last batch.
+        first = self._num_read * self.args.world_size + self.args.process_index * num_rows
+        self._num_read += num_rows
+        return max(0, min(num_rows, self._num_held_out - first))
+
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any, **kwargs: Any) -> torch.Tensor:
+        rewards = super()._calculate_rewards(inputs, *args, **kwargs)  # of all processes
+        if not self.model.training:
+            own = rewards[self.args.process_index * len(inputs) :][: self._read_held_out(len(inputs))]
+            totals = own @ self.reward_weights.to(own.device)
+            for row, each, total in zip(inputs, own.tolist(), totals.tolist(), strict=False):
+                self._evaluated["reward"].append(total)
+                for name, reward in zip(self.reward_func_names, each, strict=True):
+                    self._evaluated[f"rewards/{name}/mean"].append(reward)
+                    if name == correctness.__name__:
+                        self._evaluated[f"score_{row['environment']}"].append(reward)
+        return rewards
 
     def _save_rng_state(self, output_dir: str) -> None:
         """What each process keeps of its own: what it generated, too."""

@@ -7,14 +7,12 @@ Loss, clipping (`epsilon`), KL (`beta`), entropy and logging are TRL's.
 
 import json
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from adamba.errors import UserError
@@ -91,8 +89,6 @@ class AtGrpoTrainer(AgentGRPOTrainer):
         self._groups: list[Group] = []
         self._games: list[Game] = []
         self._row_roles: torch.Tensor | None = None
-        self._evaluated: dict[str, list[float]] = defaultdict(list)
-        self._num_read = self._num_held_out = 0  # rows of an evaluation: by this process, of all
         self._taught_roles: set[int] = set()  # whose adapters have a gradient on this process since the last step
         # TRL would copy an adapter named "default" as the reference; ours is the base, with all adapters off.
         beta = args.beta
@@ -215,27 +211,14 @@ class AtGrpoTrainer(AgentGRPOTrainer):
         values = torch.tensor(of_groups, device=self.accelerator.device)
         return values.repeat_interleave(self.num_generations)
 
-    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(self, model: Any, inputs: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
         """
         Held-out games, a row each, played to their end by what the roles say: nobody chooses between candidates.
         `eval_reward` is their mean final score, 1 where the team plays as well as the solver, and `eval_games/*` what
         else is known of them; there is no loss.
         """
-        self._evaluated.clear()
-        self._num_read, self._num_held_out = 0, len(dataloader.dataset) * self.num_generations_eval
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
-        parts = gather_object([dict(self._evaluated)])
-        for name in dict.fromkeys(name for part in parts for name in part):
-            values = [value for part in parts for value in part.get(name, ())]
-            self._metrics["eval"][name] = [sum(values) / len(values)]
-        return output
-
-    def prediction_step(self, model: Any, inputs: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
         roles, max_turns = self.team_settings.roles, self.team_settings.max_turns
-        # Processes read equal numbers of rows; the first ones come again, on the last of them, to fill the last batch.
-        first = self._num_read * self.args.world_size + self.args.process_index * len(inputs)
-        self._num_read += len(inputs)
-        inputs = inputs[: max(0, self._num_held_out - first)]
+        inputs = inputs[: self._read_held_out(len(inputs))]
         rows = map(own_columns, inputs)
         with self._keeping_caches():
             groups, games = play_games(
