@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from adamba.plan_steps import Step
+
 ROOT = Path(__file__).parent.parent
 
 # A phase: writes what its input and its recipe say. It leaves a mark of each time it ran.
@@ -132,6 +134,21 @@ def test_figures_of_other_evaluations_and_of_other_data_are_measured_again(famil
     assert demo(family)[1] == ["phase0_eval"]
     (family / "notes.jsonl").write_text("{}\n{}\n")
     assert demo(family)[1] == ["base_eval", "phase0_eval", "phase5_eval"]
+
+
+@pytest.mark.parametrize("name", ["notes.jsonl", "asked.json", "cards/notes.md"])
+def test_what_an_evaluation_reads_is_in_its_fingerprint(name: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in ("notes.jsonl", "asked.json", "cards/notes.md", "measured/run.json", "run_x.py"):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_text('{"files": {}}' if path.endswith("run.json") else "")
+    keys = "mix: {notes: 1.0, questions: 1.0}\ndata_files: {notes: notes.jsonl}\ncards_dir: cards\n"
+    Path("eval.yaml").write_text(keys + "task_settings: {questions: {data_file: asked.json}}\n")
+    step = Step("x", Path("eval.yaml"), Path("run_x.py"), Path("measured"), evaluation=True)
+    step.record()
+    assert step.why_run() is None
+    Path(name).write_text("other")
+    assert step.why_run() == "not measured yet"
 
 
 def test_runs_that_are_no_phase_follow_by_name_and_may_have_their_own_evaluation(family):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from adamba.errors import UserError
 from adamba.fingerprint import fingerprint_code, run_fingerprint
@@ -53,8 +54,18 @@ class Step:
 
     def _evaluation_fingerprint(self) -> str:
         values = read_recipe(self.recipe)
-        inputs = {**(values.get("data_files") or {}), "model": self.checkpoint.as_posix()}
+        inputs = {**_data_read(values), "model": self.checkpoint.as_posix()}
         return run_fingerprint(fingerprint_code(self.script), values, inputs)["fingerprint"]
+
+
+def _data_read(values: Mapping[str, Any]) -> dict[str, str]:
+    """Files that a recipe's rows depend on, as `DataArguments.files_read` has it, which takes seconds to load."""
+    files = dict(values.get("data_files") or {})
+    for name, settings in (values.get("task_settings") or {}).items():
+        if isinstance(settings, Mapping) and "data_file" in settings:
+            files[f"data_file of {name}"] = settings["data_file"]
+    cards = Path(values.get("cards_dir") or "data_cards")
+    return files | {f"card of {name}": str(cards / f"{name}.md") for name in values.get("mix") or {}}
 
 
 def family_steps(family: Path) -> list[Step]:
