@@ -103,6 +103,16 @@ def test_test_split_of_a_dataset_passes_once():
     assert sorted(row["text"] for row in rows) == sorted(row["text"] for row in python_docs_rows("test"))
 
 
+def test_test_split_of_several_datasets_holds_each_row_once(tmp_path):
+    options = {"split": "test", "seed": 0, "data_files": {"fineweb": str(tmp_path / "few.jsonl")}}
+    (tmp_path / "few.jsonl").write_text("\n".join(json.dumps({"text": f"row {number}"}) for number in range(500)))
+    rows = keys(load_mixture({"pydoc_topics": 1, "fineweb": 1}, **options))
+    alone = [*load_mixture({"pydoc_topics": 1}, split="test", seed=0), *load_mixture({"fineweb": 1}, **options)]
+    assert sorted(rows) == sorted(keys(alone)) and len(alone) > 10
+    endless = take(load_mixture({"calculator": 1, "fineweb": 1}, **options), 200)
+    assert len(set(keys(endless))) == 200, "tasks go on when the dataset has ended"
+
+
 @pytest.mark.parametrize("mix", [{"pydoc_topics": 1}, {"calculator": 1, "tic_tac_toe": 1}])
 def test_two_ranks_with_two_workers_read_every_row_once(mix):
     seen = []

@@ -118,7 +118,7 @@ def load_mixture(
             streams,
             probabilities=[weight / total for weight in mix.values()],
             seed=order,
-            stopping_strategy="all_exhausted",
+            stopping_strategy="all_exhausted_without_replacement",  # in `test` none begins again until all have ended
         )
     dereference = partial(_dereference, split=split, settings={name: dict(settings.get(name, {})) for name in mix})
     return stream.map(dereference, remove_columns=["payload"])
