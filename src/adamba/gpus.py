@@ -24,6 +24,7 @@ GPUS = {
     for gpu in (
         _gpu("a100", 312, 80),
         _gpu("h100", 989, 80),
+        _gpu("h100pcie", 756, 80),
         _gpu("h200", 989, 141),
         _gpu("b200", 2250, 180),
         _gpu("mi300x", 1307, 192),
@@ -46,9 +47,15 @@ def find_gpu(name: str) -> Gpu:
     raise UserError(f"--gpu: {name!r} is unknown; {hint}")
 
 
+def gpu_named(device: str) -> Gpu | None:
+    """By what a driver calls it, for instance `NVIDIA H100 PCIe`; None if it is not in the table."""
+    named = [gpu for gpu in GPUS.values() if gpu.name in device.lower().replace(" ", "")]
+    return max(named, key=lambda gpu: len(gpu.name), default=None)
+
+
 def rated_flops_per_second() -> float:
     """Of this machine's first GPU, by its name; 0 without a GPU, or with one that is not in the table."""
     import torch
 
-    name = torch.cuda.get_device_name().lower().replace(" ", "") if torch.cuda.is_available() else ""
-    return next((gpu.tflops * 1e12 for gpu in GPUS.values() if gpu.name in name), 0.0)
+    gpu = gpu_named(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return gpu.tflops * 1e12 if gpu is not None else 0.0

@@ -17,7 +17,7 @@ from adamba.budget.phases import Launch, PlannedPhase, read_plan
 from adamba.budget.price import Machine, price_plan
 from adamba.errors import UserError
 from adamba.flops import layer_work, num_parameters
-from adamba.gpus import find_gpu
+from adamba.gpus import find_gpu, rated_flops_per_second
 from adamba.surgery import insert_mamba
 from adamba.surgery.expand import expanded_config
 from models import BASES, dense_base
@@ -190,6 +190,19 @@ def test_frozen_weights_stay_as_they_were_loaded_under_fsdp() -> None:
 
 def with_launch(phase: PlannedPhase, launch: Launch) -> PlannedPhase:
     return PlannedPhase(phase.name, phase.recipe, phase.script, phase.values, launch, phase.config)
+
+
+@pytest.mark.parametrize(
+    ("device", "tflops"),
+    [("NVIDIA H100 PCIe", 756), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA T4", None)],
+)
+def test_a_gpu_is_rated_by_its_own_name(device: str, tflops: float | None, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: device)
+    assert rated_flops_per_second() == (tflops or 0) * 1e12
+    if tflops != 989:
+        with pytest.raises(UserError, match=f"--calibrate: this machine has {device}, not h100;"):
+            calibrate.measure([], "h100")
 
 
 def test_calibration_measures_each_phase(monkeypatch) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from adamba.errors import UserError
 from adamba.flops import training_flops_per_token
-from adamba.gpus import CPU, Gpu, find_gpu
+from adamba.gpus import CPU, Gpu, find_gpu, gpu_named
 from adamba.model import AdambaConfig, AdambaForCausalLM
 from adamba.training.compiling import compile_for_training
 from adamba.training.elastic import ElasticArguments, Tally, draw, elastic_loss
@@ -45,8 +45,8 @@ def measure(phases: Sequence[PlannedPhase], name: str) -> tuple[Gpu, dict[str, f
         gpu = Gpu(CPU, matmul_flops_per_second() / 1e12, psutil.virtual_memory().total / 2**30)
     else:
         gpu = find_gpu(name)
-        found = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else "a CPU"
-        if gpu.name not in found.replace(" ", ""):
+        found = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
+        if gpu_named(found) != gpu:
             raise UserError(f"--calibrate: this machine has {found}, not {gpu.name}; run it there, or --gpu {CPU}")
     training = [phase for phase in phases if not phase.is_surgery]
     largest = max(training, key=lambda phase: phase.num_parameters)
