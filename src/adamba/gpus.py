@@ -8,28 +8,30 @@ from adamba.errors import UserError
 
 @dataclass(frozen=True)
 class Gpu:
-    """`tflops`: bf16 with fp32 accumulation, dense (no sparsity), in 1e12 FLOPs a second. `memory_gib`: usable GiB."""
+    """`tflops`: bf16 with fp32 accumulation, dense (no sparsity), in 1e12 FLOPs a second; `fp32_tflops`: fp32 without
+    TF32, as torch computes it unless told otherwise. `memory_gib`: usable GiB."""
 
     name: str
     tflops: float
+    fp32_tflops: float
     memory_gib: float
 
 
-def _gpu(name: str, tflops: float, memory_gb: float) -> Gpu:
-    return Gpu(name, tflops, memory_gb * 1e9 / 2**30)
+def _gpu(name: str, tflops: float, fp32_tflops: float, memory_gb: float) -> Gpu:
+    return Gpu(name, tflops, fp32_tflops, memory_gb * 1e9 / 2**30)
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("a100", 312, 80),
-        _gpu("h100", 989, 80),
-        _gpu("h100pcie", 756, 80),
-        _gpu("h200", 989, 141),
-        _gpu("b200", 2250, 180),
-        _gpu("mi300x", 1307, 192),
-        _gpu("l40s", 362, 48),
-        _gpu("rtx4090", 165, 24),
+        _gpu("a100", 312, 19.5, 80),
+        _gpu("h100", 989, 67, 80),
+        _gpu("h100pcie", 756, 51, 80),
+        _gpu("h200", 989, 67, 141),
+        _gpu("b200", 2250, 75, 180),
+        _gpu("mi300x", 1307, 163, 192),
+        _gpu("l40s", 362, 91.6, 48),
+        _gpu("rtx4090", 165, 82.6, 24),
     )
 }
 CPU = "cpu"  # its speed is measured, `--calibrate`

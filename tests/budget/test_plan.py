@@ -1,5 +1,6 @@
 """The price of a plan: sizes as surgery makes them, the full plan's own table, memory, variants and refusals."""
 
+import dataclasses
 import re
 import shutil
 import signal
@@ -14,7 +15,7 @@ import run_plan
 from adamba.budget import calibrate, sizes
 from adamba.budget.memory import memory_gib
 from adamba.budget.phases import Launch, PlannedPhase, read_plan
-from adamba.budget.price import Machine, price_plan
+from adamba.budget.price import Machine, price, price_plan
 from adamba.errors import UserError
 from adamba.flops import layer_work, num_parameters
 from adamba.gpus import find_gpu, rated_flops_per_second
@@ -190,6 +191,26 @@ def test_frozen_weights_stay_as_they_were_loaded_under_fsdp() -> None:
 
 def with_launch(phase: PlannedPhase, launch: Launch) -> PlannedPhase:
     return PlannedPhase(phase.name, phase.recipe, phase.script, phase.values, launch, phase.config)
+
+
+def test_a_recipe_without_bf16_is_priced_in_fp32(plan) -> None:
+    phase = next(phase for phase in read_plan(Path("recipes")) if phase.name == "phase2")
+    values = {key: value for key, value in phase.values.items() if key not in ("bf16", "dtype")}
+    changes = {"halves": {"bf16": True}, "fp32": {"bf16": False}, "unset": {}, "tf32": {"tf32": True}}
+    changes |= {"weights": {"dtype": "bfloat16"}}
+    found = {}
+    for name, change in changes.items():
+        changed = dataclasses.replace(phase, values=values | change, launch=Launch())
+        found[name] = price(changed, H200)
+    assert found["fp32"].hours == found["unset"].hours == pytest.approx(found["halves"].hours * 989 / 67)
+    assert found["tf32"].hours == pytest.approx(2 * found["halves"].hours)
+    assert found["weights"].hours == found["halves"].hours
+    assert found["fp32"].memory_gib > found["halves"].memory_gib
+    by_trl = dataclasses.replace(phase, values=values, script="run_sft.py")
+    assert by_trl.in_halves and not dataclasses.replace(by_trl, values=values | {"bf16": False}).in_halves
+    _, shown = plan("recipes/tiny", "--gpu", "h200")
+    assert "In fp32, of 67 TFLOP/s, as their recipes have no bf16: true: base, phase1, phase2, phase3b" in shown
+    assert "In fp32" not in plan("recipes", "--gpu", "h200")[1]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from adamba.training.freezing import freeze_all_but, freeze_idle
 from adamba.training.head_losses import next_token_losses
 
 from .phases import ELASTIC_KEYS, PlannedPhase
+from .price import rated_tflops
 
 WHOLE = 1e9  # a model above this many parameters is measured on its first layers
 NUM_LAYERS = 4
@@ -42,7 +43,8 @@ def measure(phases: Sequence[PlannedPhase], name: str) -> tuple[Gpu, dict[str, f
     """
     on_cpu = name == CPU
     if on_cpu:
-        gpu = Gpu(CPU, matmul_flops_per_second() / 1e12, psutil.virtual_memory().total / 2**30)
+        tflops = matmul_flops_per_second() / 1e12
+        gpu = Gpu(CPU, tflops, tflops, psutil.virtual_memory().total / 2**30)
     else:
         gpu = find_gpu(name)
         found = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
@@ -54,7 +56,8 @@ def measure(phases: Sequence[PlannedPhase], name: str) -> tuple[Gpu, dict[str, f
         size = f"{largest.num_parameters / 1e9:.1f} G parameters"
         raise UserError(f"--calibrate: {largest.name} has {size}, too many for a CPU; run it where the plan will run")
     measured = {
-        phase.name: flops_per_second(dataclasses.replace(phase, config=shortened(phase))) / (gpu.tflops * 1e12)
+        phase.name: flops_per_second(dataclasses.replace(phase, config=shortened(phase)))
+        / (rated_tflops(phase, gpu) * 1e12)
         for phase in training
     }
     return gpu, measured
@@ -122,7 +125,7 @@ def _micro_batch(phase: PlannedPhase, model: PreTrainedModel, device: str) -> Ca
     input_ids = torch.randint(0, phase.config.vocab_size, (rows, length), device=device)
     document = max(1, -(-length // NUM_DOCUMENTS))
     batch = {"input_ids": input_ids, "position_ids": (torch.arange(length, device=device) % document).expand(rows, -1)}
-    mixed = phase.values.get("bf16") and device == "cuda"
+    mixed = phase.is_mixed and device == "cuda"
     elastic = _elastic(phase)
 
     def run(place: int) -> None:

@@ -29,10 +29,10 @@ def memory_gib(phase: PlannedPhase, num_gpus: int | None = None) -> dict[str, fl
     launch, total, trained = phase.launch, phase.num_parameters, phase.num_trained
     loaded = 2 if launch.deepspeed or phase.values.get("dtype") in ("bfloat16", "float16") else 4  # bytes of a weight
     # accelerate's FSDP computes in the mixed precision, and keeps whatever learns in fp32 (`fsdp2_prepare_model`).
-    mixed_fsdp = launch.fsdp and bool(phase.values.get("bf16") or phase.values.get("fp16"))
+    mixed_fsdp = launch.fsdp and phase.is_mixed
     learned, computed = (4, 2) if mixed_fsdp else (loaded, loaded)
     processes = launch.num_processes if num_gpus is None else num_gpus
-    mixed = 2 if phase.values.get("bf16") or phase.values.get("fp16") else 0
+    mixed = 2 if phase.is_mixed else 0
 
     def held(shards: int) -> float:
         """The part of something sharded that stays on each GPU."""

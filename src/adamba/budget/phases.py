@@ -104,6 +104,18 @@ class PlannedPhase:
         return bool(self.values.get("use_peft")) or self.values.get("policy") == "per_role"
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether autocast takes products in bf16 or fp16; TRL's configs default to it."""
+        bf16 = self.values.get("bf16")
+        by_default = bf16 is None and self.script != "run_pretrain.py"
+        return bool(bf16 or self.values.get("fp16") or by_default)
+
+    @property
+    def in_halves(self) -> bool:
+        """Whether matrix products take bf16 or fp16, by autocast or as the weights are."""
+        return self.is_mixed or self.values.get("dtype") in ("bfloat16", "float16")
+
+    @property
     def has_reference(self) -> bool:
         """Whether the loss also asks what the model said before it was trained."""
         return self.script == "run_dpo.py" or bool(self.values.get("beta")) and self.script == "run_grpo.py"

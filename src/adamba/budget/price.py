@@ -27,7 +27,7 @@ class PricedPhase:
 
 @dataclass(frozen=True)
 class Machine:
-    """`mfu`: fraction of `gpu.tflops` that training reaches, for all phases or by phase."""
+    """`mfu`: fraction of the GPU's rated speed that training reaches, for all phases or by phase."""
 
     gpu: Gpu
     num_gpus: int
@@ -38,11 +38,18 @@ class Machine:
         return self.mfu if isinstance(self.mfu, (int, float)) else self.mfu.get(name, ASSUMED_MFU)
 
 
+def rated_tflops(phase: PlannedPhase, gpu: Gpu) -> float:
+    """In the precision that the phase computes in; TF32 is half of bf16's on all GPUs here."""
+    if phase.in_halves:
+        return gpu.tflops
+    return max(gpu.fp32_tflops, gpu.tflops / 2) if phase.values.get("tf32") else gpu.fp32_tflops
+
+
 def price(phase: PlannedPhase, machine: Machine) -> PricedPhase:
     """Surgery takes the time its recipe states: it runs on the host's CPU while the GPUs are paid for."""
     hours = phase.stated_hours
     if not phase.is_surgery:
-        speed = machine.num_gpus * machine.gpu.tflops * 1e12 * machine.mfu_of(phase.name)
+        speed = machine.num_gpus * rated_tflops(phase, machine.gpu) * 1e12 * machine.mfu_of(phase.name)
         decoding = phase.sequential_tokens * phase.config.num_hidden_layers * DECODE_SECONDS_PER_LAYER
         hours = (phase.flops / speed + decoding) / 3600
     memory = sum(memory_gib(phase, machine.num_gpus).values())

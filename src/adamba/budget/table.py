@@ -8,7 +8,7 @@ from adamba.gpus import CPU
 
 from .memory import USABLE_FRACTION
 from .phases import PlannedPhase, read_plan
-from .price import DECODE_SECONDS_PER_LAYER, INSTEAD, Machine, PricedPhase, other_machines, price_plan
+from .price import DECODE_SECONDS_PER_LAYER, INSTEAD, Machine, PricedPhase, other_machines, price_plan, rated_tflops
 
 HEADER = ("phase", "tokens", "trained", "of", "GFLOPs/token", "FLOPs", "hours", "dollars", "GiB/GPU", "fits")
 SKIPPED = ("phase4a", "phase4b")
@@ -85,6 +85,11 @@ def _assumptions(machine: Machine, phases: Sequence[PlannedPhase]) -> list[str]:
         f"{how}. What activation checkpointing computes again counts against it.",
         "Tokens: max_steps × rows × max_length of the recipe, at the number of processes it was written for.",
     ]
+    in_fp32 = [phase for phase in phases if not (phase.is_surgery or phase.in_halves)]
+    if gpu.name != CPU:
+        for speed_of in sorted({rated_tflops(phase, gpu) for phase in in_fp32}):
+            names = ", ".join(phase.name for phase in in_fp32 if rated_tflops(phase, gpu) == speed_of)
+            lines.append(f"In fp32, of {speed_of:.4g} TFLOP/s, as their recipes have no bf16: true: {names}.")
     if any(phase.sequential_tokens for phase in phases):
         lines.append(
             f"GRPO decodes every completion to its longest, {DECODE_SECONDS_PER_LAYER * 1e3:g} ms a layer and token "
