@@ -388,6 +388,7 @@ def load_model_and_tokenizer(
     model = load_model(args, vocab_size=len(tokenizer))
     match_vocabulary(model, tokenizer, args.tokenizer_name_or_path or args.model_name_or_path)
     if training:
+        model.published_use_cache = model.config.use_cache  # the Trainer switches it off in the config
         for key in ("exit_threshold", "exit_mode"):
             if hasattr(model.generation_config, key):
                 setattr(model.generation_config, key, None)

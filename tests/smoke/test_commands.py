@@ -102,6 +102,7 @@ def test_each_run_publishes_a_whole_checkpoint(runs: Path, name: str, monkeypatc
     model = AutoModelForCausalLM.from_pretrained(runs / name)
     assert isinstance(model, LlamaForCausalLM if name == "base" else AdambaForCausalLM)
     assert metrics(runs, name)["num_parameters"] == model.num_parameters()
+    assert model.config.use_cache, "the Trainer switches it off while it trains"
 
 
 @pytest.mark.parametrize("name", [name for name, (script, _) in RECIPES.items() if script == "run_pretrain.py"])

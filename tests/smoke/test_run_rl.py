@@ -118,6 +118,19 @@ def test_grpo_without_tools(checkpoint: Path, tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "out" / "metrics.json").is_file()
 
 
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_the_reference_keeps_no_cache_and_what_is_published_may(
+    use_peft: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, trainers = import_module("run_grpo").train, []
+    monkeypatch.setattr("run_grpo.train", lambda trainer: trainers.append(trainer) or trained(trainer))
+    keys = {"beta": 0.1, "max_steps": 1, "use_peft": use_peft, "model_name_or_path": str(checkpoint)}
+    run_here("run_grpo.py", write(GRPO | keys, tmp_path), monkeypatch)
+    reference = trainers[0].ref_model
+    assert reference is None if use_peft else not reference.config.use_cache
+    assert json.loads((tmp_path / "out/config.json").read_text())["use_cache"] is True
+
+
 def test_a_run_that_wrote_its_tokens_takes_no_step_more(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

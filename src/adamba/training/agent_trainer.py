@@ -55,6 +55,8 @@ class AgentGRPOTrainer(OptimizerMixin, GRPOTrainer):
                 f"num_prompts: {num_rows} left to train on (unsolved_fraction may leave out some) do not fill a batch "
                 f"of {needed}: per_device_train_batch_size × steps_per_generation × processes / num_generations"
             )
+        if self.ref_model is not None:  # TRL asks it without a word on caches, and would have one of each row
+            self.accelerator.unwrap_model(self.ref_model).config.use_cache = False
         self._conversations: Conversations | None = None
         self._said_how = False
         self._evaluated: dict[str, list[float]] = defaultdict(list)

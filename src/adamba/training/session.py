@@ -314,6 +314,8 @@ def finish(
     inputs: Mapping[str, str],
 ) -> None:
     """Publish the checkpoint, complete or not at all, and push it if the recipe says so."""
+    config = trainer.model.config
+    config.use_cache = getattr(trainer.model, "published_use_cache", config.use_cache)
     publish(trainer, tokenizer, output_dir, recipe, dict(metrics), inputs)
     if trainer.is_world_process_zero():
         logger.info("wrote %s", output_dir)
