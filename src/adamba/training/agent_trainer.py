@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -157,10 +158,12 @@ class AgentGRPOTrainer(OptimizerMixin, GRPOTrainer):
         rewards = super()._calculate_rewards(inputs, *args, **kwargs)  # of all processes
         if not self.model.training:
             own = rewards[self.args.process_index * len(inputs) :][: self._read_held_out(len(inputs))]
-            totals = own @ self.reward_weights.to(own.device)
+            totals = (own * self.reward_weights.to(own.device)).nansum(dim=1)
             for row, each, total in zip(inputs, own.tolist(), totals.tolist(), strict=False):
-                self._evaluated["reward"].append(total)
-                for name, reward in zip(self.reward_func_names, each, strict=True):
+                scored = {name: r for name, r in zip(self.reward_func_names, each, strict=True) if not math.isnan(r)}
+                if scored:  # a reward function may leave out a row, as TRL reads a None
+                    self._evaluated["reward"].append(total)
+                for name, reward in scored.items():
                     self._evaluated[f"rewards/{name}/mean"].append(reward)
                     if name == correctness.__name__:
                         self._evaluated[f"score_{row['environment']}"].append(reward)
