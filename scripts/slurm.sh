@@ -26,12 +26,14 @@ export ADDRESS GPUS_PER_MACHINE="${SLURM_GPUS_ON_NODE:-8}" PORT=$((20000 + SLURM
 # srun does not take this from sbatch by itself: all processes of a machine would share one core.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
 
-stopping='' status=0
-trap 'stopping=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 # to the run, not to this script
+stopping='' interrupted=yes
+trap 'stopping=yes interrupted=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 # to the run, not to this script
 srun --kill-on-bad-exit=1 sh -c \
   'exec sh scripts/multi_node.sh "$SLURM_NODEID" "$SLURM_NNODES" "$ADDRESS" "$@"' sh "$@" &
 run=$!
-wait "$run" || status=$?
-while kill -0 "$run" 2>/dev/null; do status=0; wait "$run" || status=$?; done # the signal ends a wait, not the run
+while [ -n "$interrupted" ]; do # the signal ends a wait, not the run, whose exit code bash keeps for the next wait
+  interrupted='' status=0
+  wait "$run" || status=$?
+done
 if [ -n "$stopping" ] && [ "$status" -ne 0 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$status"
