@@ -159,9 +159,9 @@ def test_a_game_ends_where_its_prompt_leaves_no_room_for_a_reply(tokenizer) -> N
     cut, short = play(limit)
     assert max(len(group.prompt_ids) for group in cut) <= limit and len(short) == 6
     assert {game.turn for game in short} >= {2} and all(game.is_over(9) for game in short)
-    with pytest.raises(UserError, match=f"games: prompts of more than {min(lengths) - 1} tokens leave no room"):
-        play(min(lengths) - 1)
-    with pytest.raises(UserError, match="leave no room"):
+    nothing_said, lost = play(min(lengths) - 1)
+    assert not nothing_said and len(lost) == 6 and all(game.no_room for game in lost)
+    with pytest.raises(UserError, match=f"games: prompts of more than {limit} tokens leave no room"):
         play(limit, num_groups=len(groups))
 
 

@@ -5,17 +5,19 @@ import re
 from pathlib import Path
 
 import pytest
+from datasets import concatenate_datasets
 from safetensors.torch import load_file
 
 from adamba.errors import UserError
 from adamba.tasks import ENVIRONMENTS
 from adamba.tasks.roles import select_roles
-from adamba.training.agent_rows import own_columns
+from adamba.training.agent_rows import own_columns, prompt_rows
 from adamba.training.at_grpo import TeamSettings
+from adamba.training.games import Game, prompt_ids
 from adamba.training.lora import LoraArguments, peft_config
 from adamba.training.role_adapters import add_role_adapters
 from adamba.training.team_play import play_team
-from teams import TEAM, path_tokenizer, team_trainer, tiny_model
+from teams import PATH, TEAM, path_rows, path_tokenizer, team_trainer, tiny_model
 
 ROLES = select_roles(TEAM, ENVIRONMENTS["plan_path"])
 
@@ -87,6 +89,18 @@ def test_games_keep_to_the_models_context(tokenizer, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="more than 6 tokens leave no room") as error:
             play()
         assert "\n" not in str(error.value), what
+
+
+def test_a_held_out_game_without_room_is_lost_and_the_others_are_played(tokenizer, tmp_path: Path) -> None:
+    """A batch may hold no other game: which share one does not say whether the evaluation goes on."""
+    trainer = team_trainer(tokenizer, tmp_path, TeamSettings(ROLES, max_turns=1), per_device_eval_batch_size=1)
+    trainer.num_generations_eval = 1
+    large = prompt_rows({"plan_path": 1.0}, 1, split="train", seed=0, settings={"plan_path": PATH | {"size": 8}})
+    held_out = concatenate_datasets([large, path_rows(1)])
+    start, _ = (len(prompt_ids(Game.start(own_columns(row), ROLES), tokenizer)) for row in held_out)
+    trainer.model.config.max_position_embeddings = start - 1 + trainer.max_completion_length
+    metrics = trainer.evaluate(held_out)
+    assert metrics["eval_games/num_turns"] == 0.5 and metrics["eval_games/success"] == 0.0
 
 
 def test_the_best_checkpoint_of_all_roles_is_what_is_published(

@@ -19,7 +19,7 @@ from adamba.errors import UserError
 from adamba.tasks.roles import Role
 from adamba.training.agent_rows import own_columns
 from adamba.training.agent_trainer import AgentGRPOTrainer
-from adamba.training.games import Game, Group, play_games
+from adamba.training.games import Game, Group, play_games, without_room
 from adamba.training.play import max_prompt_tokens
 from adamba.training.role_adapters import activate, role_weights, save_roles, train_all_roles
 
@@ -210,6 +210,12 @@ class AtGrpoTrainer(AgentGRPOTrainer):
     def _of_rows(self, of_groups: list[int]) -> torch.Tensor:
         values = torch.tensor(of_groups, device=self.accelerator.device)
         return values.repeat_interleave(self.num_generations)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().evaluation_loop(*args, **kwargs)
+        if self._metrics["eval"].get("games/num_turns") == [0.0]:  # of all processes' games, so all of them stop
+            raise without_room(self._max_prompt_tokens())
+        return output
 
     def prediction_step(self, model: Any, inputs: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
         """

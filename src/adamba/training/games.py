@@ -233,7 +233,7 @@ def play_games(
         max_prompt_tokens: Most that leave room for a reply; a game whose next prompt has more ends there.
 
     Raises:
-        UserError: no game has room for a reply, or too few for `num_groups` groups.
+        UserError: too few games have room for a reply to make `num_groups` groups.
         ValueError: `rows` end before `num_groups` groups were made.
     """
     live, games = list(begun), list(begun)
@@ -248,14 +248,11 @@ def play_games(
                 if len(live) == num_parallel:
                     break
         if not live:
-            if max_prompt_tokens is not None and any(game.no_room for game in games) and (num_groups or not groups):
-                raise UserError(
-                    f"games: prompts of more than {max_prompt_tokens} tokens leave no room for a reply in the model's "
-                    "context; shorten replies (max_new_tokens, in training max_completion_length) or the instances"
-                )
-            if num_groups is not None:
-                raise ValueError(f"play_games: the rows ended after {len(groups)} of {num_groups} groups")
-            break
+            if num_groups is None:
+                break
+            if any(game.no_room for game in games):
+                raise without_room(max_prompt_tokens)
+            raise ValueError(f"play_games: the rows ended after {len(groups)} of {num_groups} groups")
         # One role speaks at a time. `num_groups` may have stopped some games before it and others behind it.
         playing = [game for game in live if game.agent == agent]
         if num_groups is not None:
@@ -278,6 +275,14 @@ def play_games(
                 chosen = chance.randrange(num_candidates)
             advance(game, candidates[chosen], len(own[chosen]))
     return groups, games
+
+
+def without_room(max_prompt_tokens: int | None) -> UserError:
+    """Says what to shorten where games could not be played."""
+    return UserError(
+        f"games: prompts of more than {max_prompt_tokens} tokens leave no room for a reply in the model's context; "
+        "shorten replies (max_new_tokens, in training max_completion_length) or the instances"
+    )
 
 
 def prompt_ids(game: Game, tokenizer: Any) -> list[int]:

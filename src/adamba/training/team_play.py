@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adamba.tasks.roles import Role
-from adamba.training.games import Game, is_success, play_games
+from adamba.training.games import Game, is_success, play_games, without_room
 from adamba.training.play import Episode, generate_turns, max_prompt_tokens
 from adamba.training.role_adapters import activate
 
@@ -45,10 +45,13 @@ def play_team(
     max_new_tokens: int,
     adapters: Mapping[str, str] | None = None,
 ) -> list[Played]:
-    """Each role speaks once a turn, its likeliest words.
+    """Each role speaks once a turn, its likeliest words. A game that leaves no room for a reply ends there.
 
     Args:
         adapters: Role → the adapter that speaks for it; None when all share one policy.
+
+    Raises:
+        UserError: no game has room for a reply.
     """
 
     def speak(prompts: list[list[int]], role: str) -> list[list[int]]:
@@ -58,17 +61,20 @@ def play_team(
 
     was_training = model.training
     model.eval()
+    limit = max_prompt_tokens(model, max_new_tokens)
     with torch.no_grad():
-        _, games = play_games(
+        groups, games = play_games(
             iter(rows),
             roles,
             tokenizer,
             speak,
             max_turns=max_turns,
             num_parallel=min(len(rows), 128),
-            max_prompt_tokens=max_prompt_tokens(model, max_new_tokens),
+            max_prompt_tokens=limit,
         )
     model.train(was_training)
+    if not groups and any(game.no_room for game in games):
+        raise without_room(limit)
     return [_of_game(game) for game in games]
 
 
