@@ -1,5 +1,6 @@
 """Around `trainer.train()`: a broken loss stops the run in time, and a resume measures what it should."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -83,10 +84,13 @@ def test_what_was_trained_under_another_sharding_is_published(saved, here, make_
     trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = here == "FSDP", here == "deepspeed"
     assert train(trainer)["train_steps"] == 2
     (tmp_path / "published").mkdir()
+    trainer.model.config.use_cache = True  # as `finish` does: the Trainer switched it off
     trainer.save_model(str(tmp_path / "published"))
     published = load_file(tmp_path / "published/model.safetensors")
     assert published and all(torch.equal(tensor, trained.state_dict()[name]) for name, tensor in published.items())
-    assert not list((tmp_path / "published").glob("*.pt")) and (tmp_path / "published/config.json").is_file()
+    assert not list((tmp_path / "published").glob("*.pt"))
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (checkpoint, tmp_path / "published")]
+    assert configs[0] | {"use_cache": True} == configs[1] != configs[0]
 
 
 def test_adapters_of_a_finished_run_are_published_by_one_process(make_trainer, tmp_path: Path) -> None:

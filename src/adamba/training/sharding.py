@@ -1,6 +1,7 @@
 """Where DeepSpeed and FSDP split a model over processes: counting, saving it whole, and resuming only what fits."""
 
 import io
+import json
 import os
 import re
 import shutil
@@ -52,12 +53,18 @@ def save_whole(trainer: Trainer) -> None:
 
 
 def copy_model(trainer: Trainer, checkpoint: str, folder: str) -> None:
-    """What `trainer.save_model` wrote into a checkpoint, without what the Trainer added."""
+    """
+    What `trainer.save_model` wrote into a checkpoint, without what the Trainer added. Its config says that caches are
+    off, as the Trainer trains; here what the model's own says now.
+    """
     if not trainer.is_world_process_zero():
         return
     for pattern in ("*config.json", "*.safetensors", "*.safetensors.index.json", "*_adamba.py"):
         for path in Path(checkpoint).glob(pattern):
             shutil.copy2(path, folder)
+    config = Path(folder) / "config.json"
+    values = json.loads(config.read_text(encoding="utf-8")) | {"use_cache": trainer.model.config.use_cache}
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextmanager
