@@ -214,15 +214,20 @@ def test_a_recipe_without_bf16_is_priced_in_fp32(plan) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "tflops"),
-    [("NVIDIA H100 PCIe", 756), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA T4", None)],
+    ("device", "tflops", "name"),
+    [
+        ("NVIDIA H100 PCIe", 756, "h100pcie"),
+        ("NVIDIA H100 80GB HBM3", 989, "h100"),
+        ("NVIDIA GeForce RTX 4090", 165, "rtx4090"),
+        ("NVIDIA T4", None, "cpu"),
+    ],
 )
-def test_a_gpu_is_rated_by_its_own_name(device: str, tflops: float | None, monkeypatch) -> None:
+def test_a_gpu_is_rated_by_its_own_name(device: str, tflops: float | None, name: str, monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: device)
     assert rated_flops_per_second() == (tflops or 0) * 1e12
     if tflops != 989:
-        with pytest.raises(UserError, match=f"--calibrate: this machine has {device}, not h100;"):
+        with pytest.raises(UserError, match=f"this machine has {device}, not h100; run it there, or --gpu {name}$"):
             calibrate.measure([], "h100")
 
 

@@ -48,8 +48,10 @@ def measure(phases: Sequence[PlannedPhase], name: str) -> tuple[Gpu, dict[str, f
     else:
         gpu = find_gpu(name)
         found = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
-        if gpu_named(found) != gpu:
-            raise UserError(f"--calibrate: this machine has {found}, not {gpu.name}; run it there, or --gpu {CPU}")
+        here = gpu_named(found)
+        if here != gpu:
+            usable = CPU if here is None else here.name
+            raise UserError(f"--calibrate: this machine has {found}, not {gpu.name}; run it there, or --gpu {usable}")
     training = [phase for phase in phases if not phase.is_surgery]
     largest = max(training, key=lambda phase: phase.num_parameters)
     if on_cpu and largest.num_parameters > WHOLE:
