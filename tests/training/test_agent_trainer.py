@@ -138,6 +138,29 @@ def test_advantages_are_normalised_inside_a_group_and_discounted_by_turn(tokeniz
     assert trainer._teaches(late).tolist() == [False, True], "however late the turn"
 
 
+def test_an_evaluation_leaves_out_what_is_not_scored(tokenizer, tmp_path: Path) -> None:
+    """A reward of None: of one function it leaves the others; a row without any counts nowhere."""
+
+    def first(completions, **columns) -> list[float | None]:
+        return [None, 0.5, None, 1.0]
+
+    def second(completions, **columns) -> list[float | None]:
+        return [None, None, 0.25, 1.0]
+
+    trainer = AgentGRPOTrainer(
+        model=tiny_model(tokenizer),
+        reward_funcs=[first, second],
+        args=config(tmp_path, num_generations=2, per_device_eval_batch_size=4, max_completion_length=2),
+        train_dataset=path_rows(8),
+        eval_dataset=path_rows(2),
+        processing_class=tokenizer,
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_reward"] == pytest.approx((0.5 + 0.25 + 2.0) / 3)
+    assert metrics["eval_rewards/first/mean"] == pytest.approx(0.75)
+    assert metrics["eval_rewards/second/mean"] == pytest.approx(0.625)
+
+
 @pytest.mark.parametrize(("beta", "use_muon"), [(0.0, False), (0.1, False), (0.0, True)])
 def test_each_role_trains_its_own_adapter_and_is_published_with_the_base(
     tokenizer, tmp_path: Path, beta: float, use_muon: bool
