@@ -20,7 +20,7 @@ from typing import Any
 from peft import PeftModel
 
 from adamba.errors import UserError, user_errors
-from adamba.loading import ModelArguments, load_model_and_tokenizer
+from adamba.loading import ModelArguments, check_length, load_model_and_tokenizer
 from adamba.publish import read_run, update_metrics
 from adamba.recipe import parse
 from adamba.recipe_file import read_recipe
@@ -61,6 +61,7 @@ def main() -> None:
     started = time.monotonic()
     folder = Path(model_args.model_name_or_path or "")
     model, tokenizer = load_model_and_tokenizer(model_args, base_alone=True)
+    check_length(model, args.max_new_tokens, "max_new_tokens")
     model = load_roles(model, folder)
     task, settings, roles, ways = ways_to_play(folder, isinstance(model, PeftModel))
     for name in args.task_settings:

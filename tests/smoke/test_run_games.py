@@ -108,6 +108,9 @@ def test_one_shared_policy_and_the_untrained_ways(run, checkpoint, tmp_path: Pat
     with pytest.raises(SystemExit):
         play(run, tmp_path / "out", "--task_settings", "{sokoban: {size: 6}}")
     assert "out plays sudoku, not sokoban" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        play(run, tmp_path / "out", "--max_new_tokens", "600")
+    assert "max_new_tokens: 600 is more than the model's 512 positions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
