@@ -195,14 +195,16 @@ def with_launch(phase: PlannedPhase, launch: Launch) -> PlannedPhase:
 
 def test_a_recipe_without_bf16_is_priced_in_fp32(plan) -> None:
     phase = next(phase for phase in read_plan(Path("recipes")) if phase.name == "phase2")
-    values = {key: value for key, value in phase.values.items() if key not in ("bf16", "dtype")}
+    values = {key: value for key, value in phase.values.items() if key not in ("bf16", "dtype", "torch_compile")}
     changes = {"halves": {"bf16": True}, "fp32": {"bf16": False}, "unset": {}, "tf32": {"tf32": True}}
-    changes |= {"weights": {"dtype": "bfloat16"}}
+    changes |= {"weights": {"dtype": "bfloat16"}, "compiled": {"torch_compile": True}}
+    changes |= {"compiled fp32": {"torch_compile": True, "tf32": False}}
     found = {}
     for name, change in changes.items():
         changed = dataclasses.replace(phase, values=values | change, launch=Launch())
         found[name] = price(changed, H200)
     assert found["fp32"].hours == found["unset"].hours == pytest.approx(found["halves"].hours * 989 / 67)
+    assert found["compiled fp32"].hours == found["fp32"].hours and found["compiled"].hours == found["tf32"].hours
     assert found["tf32"].hours == pytest.approx(2 * found["halves"].hours)
     assert found["weights"].hours == found["halves"].hours
     assert found["fp32"].memory_gib > found["halves"].memory_gib

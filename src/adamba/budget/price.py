@@ -42,7 +42,10 @@ def rated_tflops(phase: PlannedPhase, gpu: Gpu) -> float:
     """In the precision that the phase computes in; TF32 is half of bf16's on all GPUs here."""
     if phase.in_halves:
         return gpu.tflops
-    return max(gpu.fp32_tflops, gpu.tflops / 2) if phase.values.get("tf32") else gpu.fp32_tflops
+    tf32 = phase.values.get("tf32")
+    if tf32 is None:
+        tf32 = phase.values.get("torch_compile")  # the Trainer switches TF32 on for what it compiles
+    return max(gpu.fp32_tflops, gpu.tflops / 2) if tf32 else gpu.fp32_tflops
 
 
 def price(phase: PlannedPhase, machine: Machine) -> PricedPhase:
