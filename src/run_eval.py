@@ -130,7 +130,7 @@ def main() -> None:
         found = calibrate_checkpoint(model, tokenizer, model_args.model_name_or_path, games, spare, calibration)
         update_metrics(model_args.model_name_or_path, found, "calibration")  # they stay as long as what it chose
     metrics["eval_seconds"] = time.monotonic() - started
-    update_metrics(model_args.model_name_or_path, metrics, recipe.path or "run_eval.py")
+    update_metrics(model_args.model_name_or_path, metrics, recipe.asked)
     metrics |= found
     if target is not None:
         logger.info("pushed to %s", push_run(model_args.model_name_or_path, target))

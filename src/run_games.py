@@ -100,7 +100,7 @@ def main() -> None:
         )
     metrics["eval_seconds"] = time.monotonic() - started
     (folder / "games.json").write_text(json.dumps({"task": task, "transcripts": transcripts}, indent=1) + "\n")
-    update_metrics(folder, metrics, recipe.path or "run_games.py")
+    update_metrics(folder, metrics, recipe.asked)
 
 
 def ways_to_play(

@@ -32,6 +32,7 @@ RECIPE = Recipe(
     code="c0de",
     values={"max_steps": 3, "widths": (1, 2)},
     resolved={"max_steps": 3, "widths": (1, 2), "own": None},
+    asked="recipes/x.yaml",
 )
 
 

@@ -86,6 +86,16 @@ def test_resolved_recipe_is_a_recipe_of_the_same_run(tmp_path):
     assert set(recipe.resolved) == {"mix", "width", "output_dir", "use_cpu", "seed_of_mixture"}
 
 
+def test_what_was_asked_is_the_recipe_and_what_the_command_line_gave(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: kept\n")
+    words = ["--mix", "a=1.0", "--model_name_or_path", "here"]
+    *_, recipe = parse(Arguments, Needs, argv=[str(path), *words], script="src/run_x.py")
+    assert recipe.asked == f"{path} --mix {{'a': 1.0}}"
+    *_, recipe = parse(Arguments, argv=["--lora_r", "3"], script="src/run_x.py")
+    assert recipe.asked == "run_x.py --lora_r 3"
+
+
 @pytest.mark.parametrize("flag", [["--config", "PATH"], ["--config=PATH"], ["PATH"]])
 def test_recipe_can_be_given_in_three_ways(tmp_path, flag):
     path = write(tmp_path, "lora_r: 2\n")

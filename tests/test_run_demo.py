@@ -28,7 +28,7 @@ def main():
         raise UserError("phase says no")
     source = values.get("model_name_or_path")
     text = (Path(source) / "model.safetensors").read_text() if source else ""
-    recipe = Recipe(sys.argv[1], sys.argv[0], fingerprint_code(sys.argv[0]), values, values)
+    recipe = Recipe(sys.argv[1], sys.argv[0], fingerprint_code(sys.argv[0]), values, values, sys.argv[1])
     with open("ran.txt", "a") as file:
         file.write(Path(sys.argv[1]).stem + " ")
     inputs = {"model": source} if source else {}

@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -141,7 +142,9 @@ class AdambaParser(TrlParser, KeepingParser):
             if dataclass_type.__module__.partition(".")[0] not in ("trl", "transformers", "peft"):
                 own = {name for base in _own_bases(dataclass_type) for name in base.__annotations__}
                 resolved |= {k: _default_of(dataclass_type, k) for k in fields if k in own and k not in values}
-        return (*instances, Recipe(path, script, fingerprint_code(script), values, resolved))
+        given = (key for key in sorted(on_command_line) if key != "model_name_or_path" and not is_secret_name(key))
+        asked = " ".join([path or Path(script).name, *(f"--{key} {on_command_line[key]}" for key in given)])
+        return (*instances, Recipe(path, script, fingerprint_code(script), values, resolved, asked))
 
     def _checked_file(self, path: str) -> dict[str, Any]:
         values = read_recipe(path)

@@ -22,6 +22,8 @@ class Recipe:
         values: The keys given by the recipe or the command line, with the values that hold.
         resolved: `values` and the defaults of this project's own dataclasses. Publishing writes it as `recipe.yaml`,
             which is itself a recipe of the same script.
+        asked: The recipe file, or else the script, and what the command line gave but the model and secrets: of one
+            model the same words ask for the same.
     """
 
     path: str | None
@@ -29,6 +31,7 @@ class Recipe:
     code: str
     values: dict[str, Any]
     resolved: dict[str, Any]
+    asked: str
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:

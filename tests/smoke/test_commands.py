@@ -175,7 +175,7 @@ def test_the_calibrated_threshold_is_in_the_checkpoint(
     assert "calibration_bound_threshold_0.999" in found
     measured = json.loads((runs / name / "run.json").read_text())["measured"]
     assert "calibrated_exit_threshold" in measured["calibration"], "a later evaluation without it would lose it"
-    assert "eval_loss" in measured[str(runs / "eval.yaml")]
+    assert any(str(runs / "eval.yaml") in asked and "eval_loss" in keys for asked, keys in measured.items())
     model, _ = load_model_and_tokenizer(ModelArguments(model_name_or_path=name))
     assert model.generation_config.exit_threshold == threshold
     trained_on, _ = load_model_and_tokenizer(ModelArguments(model_name_or_path=name), training=True)
