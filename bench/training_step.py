@@ -7,9 +7,9 @@ A training step (forward, backward, AdamW) of Adamba, of transformers' hybrids a
 
 `bench/peers.py` says how the models correspond. 2,048 tokens a step (a GPU: 65,536), the sides in turn in one process;
 bf16: autocast. Peak memory is that of a process of its own (a GPU: of its tensors), from before the model is built to
-the end of the second step. The twin of `full width` has the same weights in layers that know no width; a narrow step
-stands beside its share of the FLOPs. On a GPU all sides have `mamba_ssm` and `causal_conv1d` where they are installed,
-and `compiled` is each side's layers, one by one, by `torch.compile`, around the Mamba mixers with their kernels.
+the end of the second step. The twin of `full width` has the same weights and products in layers that know no width; a
+narrow step stands beside its share of the FLOPs. On a GPU all sides have `mamba_ssm` and `causal_conv1d` where those
+are installed; `compiled` is each side's layers by `torch.compile`, around the Mamba mixers with their kernels.
 
 Targets: 1.15 × the tokens a second of the faster hybrid of transformers, in no more memory; full width 1 % over its
 twin at most; a narrow step at most 1.25 × its FLOP share.
@@ -30,7 +30,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
-import torch.nn.functional as F
 from peers import HYBRIDS, KINDS, MIXERS, build
 from runs import write_results
 from side_by_side import against, in_child, in_turn, peak_bytes, peak_cuda_bytes, speedup
@@ -40,6 +39,7 @@ from adamba.flops import TRAINING_FACTOR, head_flops, layer_work
 from adamba.model import AdambaConfig, AdambaForCausalLM
 from adamba.model.kernels_adamba import loads
 from adamba.model.layers_adamba import AttentionLayer, ElasticLinear, ElasticRMSNorm
+from adamba.model.linear_adamba import linear
 from adamba.training.compiling import compile_for_training
 
 TOKENS = {"cpu": 2048, "cuda": 65_536}
@@ -161,7 +161,7 @@ def trained(model) -> int:
 
 class PlainLinear(ElasticLinear):
     def forward(self, x: torch.Tensor, out_features: int | None = None) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class PlainNorm(ElasticRMSNorm):

@@ -5,7 +5,6 @@ Shape legend: B batch, L tokens, W channels in use, H query heads, K key/value h
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -15,6 +14,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .configuration_adamba import AdambaConfig
 from .documents_adamba import attend_in_documents
+from .linear_adamba import linear
 from .norm_adamba import rms_norm
 
 
@@ -64,9 +64,9 @@ class ElasticLinear(nn.Linear):
     def forward(self, x: torch.Tensor, out_features: int | None = None) -> torch.Tensor:
         out_features = self.out_features if out_features is None else out_features
         if x.shape[-1] == self.in_features and out_features == self.out_features:
-            return F.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
         bias = None if self.bias is None else self.bias[:out_features]
-        return F.linear(x, self.weight[:out_features, : x.shape[-1]], bias)
+        return linear(x, self.weight[:out_features, : x.shape[-1]], bias)
 
 
 def first_channels(hidden: torch.Tensor, width: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ from transformers.models.mamba2.modeling_mamba2 import (
 from .configuration_adamba import AdambaConfig
 from .convolution_adamba import causal_conv, convolve_rows, kernel_takes, short_conv
 from .kernels_adamba import has_kernels
-from .layers_adamba import ElasticRMSNorm
+from .layers_adamba import ElasticLinear, ElasticRMSNorm
 from .norm_adamba import GatedRMSNorm
 from .recurrence_adamba import scan_states, scan_step
 from .scan_adamba import chunk_scan
@@ -48,7 +48,7 @@ class Mamba2Mixer(nn.Module):
         self.conv_kernel = config.mamba_conv_kernel
         self.group_state_size = self.num_groups * self.state_size
         self.conv_size = self.inner_size + 2 * self.group_state_size
-        self.in_proj = nn.Linear(config.hidden_size, self.inner_size + self.conv_size + self.num_heads, bias=False)
+        self.in_proj = ElasticLinear(config.hidden_size, self.inner_size + self.conv_size + self.num_heads, bias=False)
         self.conv1d = nn.Conv1d(self.conv_size, self.conv_size, self.conv_kernel, groups=self.conv_size)
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
@@ -56,7 +56,7 @@ class Mamba2Mixer(nn.Module):
         self.norm = GatedRMSNorm(
             self.inner_size, group_size=self.inner_size // self.num_groups, eps=config.rms_norm_eps
         )
-        self.out_proj = nn.Linear(self.inner_size, config.hidden_size, bias=False)
+        self.out_proj = ElasticLinear(self.inner_size, config.hidden_size, bias=False)
 
     @property
     def decay_rates(self) -> torch.Tensor:

@@ -1,0 +1,108 @@
+"""Products by oneDNN: the numbers of `F.linear`, and taken where they are meant to be and nowhere else."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from adamba.model import linear_adamba
+from adamba.model.layers_adamba import ElasticLinear
+from adamba.model.linear_adamba import OneDNNLinear, linear
+from models import hybrid, labelled
+
+needs_onednn = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch without oneDNN")
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on an AMD processor, and for weights of any size."""
+    monkeypatch.setattr(linear_adamba, "LARGE", 1)
+    monkeypatch.setattr(linear_adamba, "onednn_is_faster", lambda: True)
+    yield
+
+
+def grid(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_onednn(out: torch.Tensor) -> bool:
+    return type(out.grad_fn).__name__ == "OneDNNLinearBackward"
+
+
+@needs_onednn
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize(("width", "out_features"), [(96, 160), (64, 160), (96, 40), (24, 40), (1, 1)])
+@pytest.mark.parametrize("tokens", [(3, 50), (1, 1), (0, 50), (2, 3, 7)])
+def test_values_and_gradients_are_those_of_f_linear(width: int, out_features: int, tokens: tuple[int, ...]) -> None:
+    layer = ElasticLinear(96, 160, bias=False)
+    x = grid(*tokens, 96, seed=0)[..., :width].requires_grad_()
+    to_out = grid(*tokens, out_features, seed=1)
+
+    out = layer(x, out_features)
+    assert by_onednn(out)
+    gradients = torch.autograd.grad(out, [x, layer.weight], to_out)
+
+    exact_x, exact_weight = x.detach().double().requires_grad_(), layer.weight.detach().double().requires_grad_()
+    expected = F.linear(exact_x, exact_weight[:out_features, :width])
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    for gradient, exact in zip(
+        gradients, torch.autograd.grad(expected, [exact_x, exact_weight], to_out.double()), strict=True
+    ):
+        torch.testing.assert_close(gradient.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("seed", range(4))
+def test_a_whole_step_has_the_same_gradients_at_every_width(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hybrid(seed).train()
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        for width in model.config.width_levels.values():
+            model(**labelled(seed), width=width, use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    ours = gradients()
+    monkeypatch.setattr(linear_adamba, "onednn_is_faster", lambda: False)
+    theirs = gradients()
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@needs_onednn
+@pytest.mark.usefixtures("everywhere")
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    x, weight = grid(4, 8, seed=0), grid(6, 8, seed=1).requires_grad_()
+    assert torch.autograd.grad(linear(x, weight).sum(), weight)[0].shape == weight.shape
+    frozen, x = weight.detach(), x.requires_grad_()
+    assert torch.autograd.grad(linear(x, frozen).sum(), x)[0].shape == x.shape
+
+
+@needs_onednn
+@pytest.mark.usefixtures("everywhere")
+def test_evaluation_halves_doubles_autocast_biases_and_compiled_code_stay_with_torch() -> None:
+    x, weight = grid(4, 8, seed=0), grid(6, 8, seed=1).requires_grad_()
+    assert by_onednn(linear(x, weight))
+    with torch.no_grad():
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    assert not by_onednn(linear(x.double(), weight.double()))
+    assert not by_onednn(linear(x.bfloat16(), weight.bfloat16()))
+    assert not by_onednn(linear(x, weight, grid(6, seed=2)))
+    exported = torch.export.export(ElasticLinear(8, 6, bias=False), (x,))
+    assert "linear_pointwise" not in str(exported.graph)
+
+
+def test_small_weights_and_other_processors_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[torch.Size] = []
+    monkeypatch.setattr(OneDNNLinear, "apply", lambda x, weight: calls.append(weight.shape) or F.linear(x, weight))
+    large, small = grid(512, 256, seed=0).requires_grad_(), grid(511, 256, seed=0).requires_grad_()
+    for faster in (False, True):
+        monkeypatch.setattr(linear_adamba, "onednn_is_faster", lambda faster=faster: faster)
+        linear(grid(2, 256, seed=1), large)
+        linear(grid(2, 256, seed=1), small)
+    assert calls == [large.shape]
