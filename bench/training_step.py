@@ -161,7 +161,7 @@ def trained(model) -> int:
 
 class PlainLinear(ElasticLinear):
     def forward(self, x: torch.Tensor, out_features: int | None = None) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.training)
 
 
 class PlainNorm(ElasticRMSNorm):

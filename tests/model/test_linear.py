@@ -76,24 +76,34 @@ def test_a_whole_step_has_the_same_gradients_at_every_width(seed: int, monkeypat
 @pytest.mark.usefixtures("everywhere")
 def test_only_what_needs_a_gradient_gets_one() -> None:
     x, weight = grid(4, 8, seed=0), grid(6, 8, seed=1).requires_grad_()
-    assert torch.autograd.grad(linear(x, weight).sum(), weight)[0].shape == weight.shape
+    assert torch.autograd.grad(linear(x, weight, None, training=True).sum(), weight)[0].shape == weight.shape
     frozen, x = weight.detach(), x.requires_grad_()
-    assert torch.autograd.grad(linear(x, frozen).sum(), x)[0].shape == x.shape
+    assert torch.autograd.grad(linear(x, frozen, None, training=True).sum(), x)[0].shape == x.shape
+
+
+@needs_onednn
+@pytest.mark.usefixtures("everywhere")
+def test_what_is_computed_again_for_the_backward_pass_is_the_same() -> None:
+    """Reentrant checkpointing computes without gradients first; another library would round elsewhere."""
+    layer, x = ElasticLinear(96, 160, bias=False), grid(50, 96, seed=0).requires_grad_()
+    out = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), out)
+    assert by_onednn(out)
 
 
 @needs_onednn
 @pytest.mark.usefixtures("everywhere")
 def test_evaluation_halves_doubles_autocast_biases_and_compiled_code_stay_with_torch() -> None:
     x, weight = grid(4, 8, seed=0), grid(6, 8, seed=1).requires_grad_()
-    assert by_onednn(linear(x, weight))
-    with torch.no_grad():
-        assert torch.equal(linear(x, weight), F.linear(x, weight))
+    assert by_onednn(linear(x, weight, None, training=True))
+    assert not by_onednn(linear(x, weight, None, training=False))
     with torch.autocast("cpu", torch.bfloat16):
-        assert linear(x, weight).dtype == torch.bfloat16
-    assert not by_onednn(linear(x.double(), weight.double()))
-    assert not by_onednn(linear(x.bfloat16(), weight.bfloat16()))
-    assert not by_onednn(linear(x, weight, grid(6, seed=2)))
-    exported = torch.export.export(ElasticLinear(8, 6, bias=False), (x,))
+        assert linear(x, weight, None, training=True).dtype == torch.bfloat16
+    assert not by_onednn(linear(x.double(), weight.double(), None, training=True))
+    assert not by_onednn(linear(x.bfloat16(), weight.bfloat16(), None, training=True))
+    assert not by_onednn(linear(x, weight, grid(6, seed=2), training=True))
+    exported = torch.export.export(ElasticLinear(8, 6, bias=False).train(), (x,))
     assert "linear_pointwise" not in str(exported.graph)
 
 
@@ -103,6 +113,6 @@ def test_small_weights_and_other_processors_stay_with_torch(monkeypatch: pytest.
     large, small = grid(512, 256, seed=0).requires_grad_(), grid(511, 256, seed=0).requires_grad_()
     for faster in (False, True):
         monkeypatch.setattr(linear_adamba, "onednn_is_faster", lambda faster=faster: faster)
-        linear(grid(2, 256, seed=1), large)
-        linear(grid(2, 256, seed=1), small)
+        linear(grid(2, 256, seed=1), large, None, training=True)
+        linear(grid(2, 256, seed=1), small, None, training=True)
     assert calls == [large.shape]

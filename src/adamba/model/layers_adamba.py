@@ -63,10 +63,11 @@ class ElasticLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor, out_features: int | None = None) -> torch.Tensor:
         out_features = self.out_features if out_features is None else out_features
-        if x.shape[-1] == self.in_features and out_features == self.out_features:
-            return linear(x, self.weight, self.bias)
-        bias = None if self.bias is None else self.bias[:out_features]
-        return linear(x, self.weight[:out_features, : x.shape[-1]], bias)
+        weight, bias = self.weight, self.bias
+        if x.shape[-1] < self.in_features or out_features < self.out_features:
+            weight = weight[:out_features, : x.shape[-1]]
+            bias = None if bias is None else bias[:out_features]
+        return linear(x, weight, bias, self.training)
 
 
 def first_channels(hidden: torch.Tensor, width: int) -> torch.Tensor:

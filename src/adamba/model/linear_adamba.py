@@ -16,18 +16,20 @@ from torch.autograd.function import once_differentiable
 LARGE = 2**17  # numbers of a weight
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear`: (..., in), (out, in) and (out) -> (..., out)."""
-    if weight.numel() >= LARGE and bias is None and _trains_in_fp32(x, weight) and onednn_is_faster():
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, training: bool) -> torch.Tensor:
+    """
+    `F.linear`: (..., in), (out, in) and (out) -> (..., out). Whether a layer trains and not whether gradients are on
+    decides: reentrant checkpointing computes a layer without and again with them, and has to find the same numbers.
+    """
+    if training and bias is None and weight.numel() >= LARGE and _in_fp32(x, weight) and onednn_is_faster():
         return OneDNNLinear.apply(x, weight)
     return F.linear(x, weight, bias)
 
 
-def _trains_in_fp32(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _in_fp32(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
