@@ -16,6 +16,11 @@ class Gpu:
     fp32_tflops: float
     memory_gib: float
 
+    def tflops_in(self, precision: str) -> float:
+        """`bf16` (fp16 too), `tf32`, at half of bf16's speed on all GPUs here, or `fp32`."""
+        tf32 = max(self.fp32_tflops, self.tflops / 2)
+        return {"bf16": self.tflops, "tf32": tf32, "fp32": self.fp32_tflops}[precision]
+
 
 def _gpu(name: str, tflops: float, fp32_tflops: float, memory_gb: float) -> Gpu:
     return Gpu(name, tflops, fp32_tflops, memory_gb * 1e9 / 2**30)
@@ -55,9 +60,9 @@ def gpu_named(device: str) -> Gpu | None:
     return max(named, key=lambda gpu: len(gpu.name), default=None)
 
 
-def rated_flops_per_second() -> float:
+def rated_flops_per_second(precision: str = "bf16") -> float:
     """Of this machine's first GPU, by its name; 0 without a GPU, or with one that is not in the table."""
     import torch
 
     gpu = gpu_named(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    return gpu.tflops * 1e12 if gpu is not None else 0.0
+    return gpu.tflops_in(precision) * 1e12 if gpu is not None else 0.0

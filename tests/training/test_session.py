@@ -141,7 +141,9 @@ def test_adapters_are_what_learned_after_they_are_merged_too() -> None:
     adapted = get_peft_model(model, peft_config(LoraArguments(use_peft=True, lora_r=4)))
     learned = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
     plain = SimpleNamespace(unwrap_model=lambda found: found)
-    trainer = SimpleNamespace(model=adapted, args=SimpleNamespace(world_size=1, beta=0.1), accelerator=plain)
+    trainer = SimpleNamespace(
+        model=adapted, args=SimpleNamespace(world_size=1, beta=0.1, bf16=False, fp16=False), accelerator=plain
+    )
     merge_adapters(trainer)
     measured = session.measures(trainer, 1.0, 100, 16)
     assert measured["num_trainable_parameters"] == learned < measured["num_parameters"] == model.num_parameters()
@@ -149,6 +151,21 @@ def test_adapters_are_what_learned_after_they_are_merged_too() -> None:
     trainer.ref_model = None  # GRPO and DPO ask the model without its adapters
     asked = session.measures(trainer, 1.0, 100, 16)["train_flops"] - measured["train_flops"]
     assert asked == pytest.approx(100 * flops_per_token(model.config, None, 16))
+
+
+@pytest.mark.parametrize(
+    ("asked", "fp32_precision", "tflops"),
+    [({}, "ieee", 67), ({}, "tf32", 494.5), ({"bf16": True}, "ieee", 989), ({"weights": torch.bfloat16}, "ieee", 989)],
+)
+def test_mfu_is_of_the_rated_speed_in_the_runs_precision(asked, fp32_precision, tflops, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", fp32_precision)
+    model = hybrid(0, dtype=asked.get("weights", torch.float32))
+    args = SimpleNamespace(world_size=2, bf16=asked.get("bf16", False), fp16=False)
+    unwrapped = SimpleNamespace(unwrap_model=lambda found: found)
+    measured = session.measures(SimpleNamespace(model=model, args=args, accelerator=unwrapped), 4.0, 100, 16)
+    assert measured["mfu"] == pytest.approx(measured["train_flops"] / 4.0 / (2 * tflops * 1e12))
 
 
 def test_liger_is_refused_where_it_would_replace_nothing(make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,13 +39,13 @@ class Machine:
 
 
 def rated_tflops(phase: PlannedPhase, gpu: Gpu) -> float:
-    """In the precision that the phase computes in; TF32 is half of bf16's on all GPUs here."""
+    """In the precision that the phase computes in."""
     if phase.in_halves:
-        return gpu.tflops
+        return gpu.tflops_in("bf16")
     tf32 = phase.values.get("tf32")
     if tf32 is None:
         tf32 = phase.values.get("torch_compile")  # the Trainer switches TF32 on for what it compiles
-    return max(gpu.fp32_tflops, gpu.tflops / 2) if tf32 else gpu.fp32_tflops
+    return gpu.tflops_in("tf32" if tf32 else "fp32")
 
 
 def price(phase: PlannedPhase, machine: Machine) -> PricedPhase:

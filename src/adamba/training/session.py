@@ -264,7 +264,7 @@ def measures(trainer: Trainer, seconds: float, tokens_seen: int, context_length:
     """Size, tokens, speed and memory of a run, for `metrics.json`."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     train_flops = tokens_seen * training_flops(trainer, model.config, context_length)
-    rated = rated_flops_per_second() * trainer.args.world_size
+    rated = rated_flops_per_second(product_precision(trainer, model)) * trainer.args.world_size
     return {
         "num_parameters": count_weights(model),
         "num_trainable_parameters": num_adapter_weights(trainer) or count_weights(model, only_trainable=True),
@@ -276,6 +276,14 @@ def measures(trainer: Trainer, seconds: float, tokens_seen: int, context_length:
         "peak_memory_bytes": peak_memory_bytes(),
         **({"peak_gpu_memory_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_initialized() else {}),
     }
+
+
+def product_precision(trainer: Trainer, model: torch.nn.Module) -> str:
+    """What a GPU multiplies matrices in, as `Gpu.tflops_in` names it."""
+    halves = (torch.bfloat16, torch.float16)
+    if trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype in halves:
+        return "bf16"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
 
 
 def training_flops(trainer: Trainer, config: Any, context_length: int) -> float:
