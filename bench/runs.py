@@ -54,6 +54,7 @@ def write_results(name: str, rows: list[dict[str, Any]], started: float, **facts
         "date": date.today().isoformat(),
         "hardware": f"{describe_hardware()}, {torch.get_num_threads()} threads, {platform.system()}",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "cpu_kernels": torch.backends.cpu.get_cpu_capability(),
         "seconds": round(time.monotonic() - started, 1),
         "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         **facts,

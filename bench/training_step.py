@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, nargs="+", default=[256, 1024], choices=NUM_LAYERS["cuda"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 2048])
     parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], help="default: both; on a GPU bf16")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=here, choices=list(TOKENS), help=f"here: {here}")
     parser.add_argument("--modes", nargs="+", choices=["plain", "compiled"], help="default: plain; on a GPU both")

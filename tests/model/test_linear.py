@@ -16,8 +16,9 @@ needs_onednn = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwi
 
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on an AMD processor, and for weights of any size."""
+    """As on an AMD processor, and for weights of any size and any number of tokens."""
     monkeypatch.setattr(linear_adamba, "LARGE", 1)
+    monkeypatch.setattr(linear_adamba, "MANY", 0)
     monkeypatch.setattr(linear_adamba, "onednn_is_faster", lambda: True)
     yield
 
@@ -107,12 +108,16 @@ def test_evaluation_halves_doubles_autocast_biases_and_compiled_code_stay_with_t
     assert "linear_pointwise" not in str(exported.graph)
 
 
-def test_small_weights_and_other_processors_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[torch.Size] = []
-    monkeypatch.setattr(OneDNNLinear, "apply", lambda x, weight: calls.append(weight.shape) or F.linear(x, weight))
-    large, small = grid(512, 256, seed=0).requires_grad_(), grid(511, 256, seed=0).requires_grad_()
+def test_small_weights_few_tokens_and_other_processors_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[int, int]] = []
+
+    def note(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        taken.append((len(x), len(weight)))
+        return F.linear(x, weight)
+
+    monkeypatch.setattr(OneDNNLinear, "apply", note)
     for faster in (False, True):
         monkeypatch.setattr(linear_adamba, "onednn_is_faster", lambda faster=faster: faster)
-        linear(grid(2, 256, seed=1), large, None, training=True)
-        linear(grid(2, 256, seed=1), small, None, training=True)
-    assert calls == [large.shape]
+        for tokens, out_features in ((32, 512), (31, 512), (32, 511)):
+            linear(grid(tokens, 256, seed=0), grid(out_features, 256, seed=1), None, training=True)
+    assert taken == [(32, 512)]

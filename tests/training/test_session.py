@@ -160,7 +160,7 @@ def test_adapters_are_what_learned_after_they_are_merged_too() -> None:
 def test_mfu_is_of_the_rated_speed_in_the_runs_precision(asked, fp32_precision, tflops, monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", fp32_precision)
+    monkeypatch.setattr(session.torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=fp32_precision))
     model = hybrid(0, dtype=asked.get("weights", torch.float32))
     args = SimpleNamespace(world_size=2, bf16=asked.get("bf16", False), fp16=False)
     unwrapped = SimpleNamespace(unwrap_model=lambda found: found)

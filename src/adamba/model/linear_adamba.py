@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 LARGE = 2**17  # numbers of a weight
+MANY = 32  # tokens; for a few, as a step of decoding has, oneDNN takes longer to be called than it saves
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, training: bool) -> torch.Tensor:
@@ -21,7 +22,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tra
     `F.linear`: (..., in), (out, in) and (out) -> (..., out). Whether a layer trains and not whether gradients are on
     decides: reentrant checkpointing computes a layer without and again with them, and has to find the same numbers.
     """
-    if training and bias is None and weight.numel() >= LARGE and _in_fp32(x, weight) and onednn_is_faster():
+    is_large = weight.numel() >= LARGE and x.shape[:-1].numel() >= MANY
+    if training and is_large and bias is None and _in_fp32(x, weight) and onednn_is_faster():
         return OneDNNLinear.apply(x, weight)
     return F.linear(x, weight, bias)
 
