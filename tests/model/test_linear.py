@@ -95,7 +95,7 @@ def test_what_is_computed_again_for_the_backward_pass_is_the_same() -> None:
 
 @needs_onednn
 @pytest.mark.usefixtures("everywhere")
-def test_evaluation_halves_doubles_autocast_biases_and_compiled_code_stay_with_torch() -> None:
+def test_evaluation_halves_doubles_autocast_and_biases_stay_with_torch() -> None:
     x, weight = grid(4, 8, seed=0), grid(6, 8, seed=1).requires_grad_()
     assert by_onednn(linear(x, weight, None, training=True))
     assert not by_onednn(linear(x, weight, None, training=False))
@@ -104,8 +104,16 @@ def test_evaluation_halves_doubles_autocast_biases_and_compiled_code_stay_with_t
     assert not by_onednn(linear(x.double(), weight.double(), None, training=True))
     assert not by_onednn(linear(x.bfloat16(), weight.bfloat16(), None, training=True))
     assert not by_onednn(linear(x, weight, grid(6, seed=2), training=True))
-    exported = torch.export.export(ElasticLinear(8, 6, bias=False).train(), (x,))
+
+
+def test_compiled_code_stays_with_torch_and_is_not_bound_to_a_number_of_tokens(monkeypatch) -> None:
+    monkeypatch.setattr(linear_adamba, "LARGE", 1)
+    monkeypatch.setattr(linear_adamba, "onednn_is_faster", lambda: True)
+    layer, tokens = ElasticLinear(8, 6, bias=False).train(), torch.export.Dim("tokens")
+    exported = torch.export.export(layer, (grid(40, 8, seed=0),), dynamic_shapes=({0: tokens},))
     assert "linear_pointwise" not in str(exported.graph)
+    few = grid(3, 8, seed=1)
+    assert torch.equal(exported.module()(few), layer(few))
 
 
 def test_small_weights_few_tokens_and_other_processors_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:

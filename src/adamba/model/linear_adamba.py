@@ -22,18 +22,21 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tra
     `F.linear`: (..., in), (out, in) and (out) -> (..., out). Whether a layer trains and not whether gradients are on
     decides: reentrant checkpointing computes a layer without and again with them, and has to find the same numbers.
     """
-    is_large = weight.numel() >= LARGE and x.shape[:-1].numel() >= MANY
-    if training and is_large and bias is None and _in_fp32(x, weight) and onednn_is_faster():
+    if training and bias is None and _takes_onednn(x, weight):
         return OneDNNLinear.apply(x, weight)
     return F.linear(x, weight, bias)
 
 
-def _in_fp32(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _takes_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling():  # first: a look at the tokens would bind what is compiled to their number
+        return False
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
+        and weight.numel() >= LARGE
+        and x.shape[:-1].numel() >= MANY
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and onednn_is_faster()
     )
 
 
