@@ -1,7 +1,5 @@
 """Products by oneDNN: the numbers of `F.linear`, and taken where they are meant to be and nowhere else."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,12 +13,11 @@ needs_onednn = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwi
 
 
 @pytest.fixture
-def everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on an AMD processor, and for weights of any size and any number of tokens."""
     monkeypatch.setattr(linear_adamba, "LARGE", 1)
     monkeypatch.setattr(linear_adamba, "MANY", 0)
     monkeypatch.setattr(linear_adamba, "onednn_is_faster", lambda: True)
-    yield
 
 
 def grid(*shape: int, seed: int) -> torch.Tensor:
