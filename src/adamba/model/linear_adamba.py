@@ -2,8 +2,8 @@
 Linear layers in fp32 training on an AMD processor: with large weights by oneDNN.
 
 torch gives products in fp32 to MKL, which on an AMD EPYC (Zen 4) does 85 to 95 GFLOP/s a core, where oneDNN, torch's
-library for bf16, does 99 to 109 in the same precision. Gradients of weights are no faster there and stay with MKL, as
-do other processors and sizes. `python bench/training_step.py` measures whole steps.
+library for bf16, does 99 to 109 in the same precision. Gradients of weights gain less, and only in some shapes; they
+stay with MKL, as do other processors and sizes. `python bench/training_step.py` measures whole steps.
 """
 
 from functools import cache
