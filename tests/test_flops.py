@@ -1,6 +1,8 @@
 """The FLOP model against `torch.utils.flop_counter`: layer kinds, widths, frozen parts and elastic steps; its
 parameter counts against the model's own."""
 
+import math
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,9 +52,16 @@ def depthwise_backward(grad_out, x, weight, *_, out_shape=None, **__) -> int:
     return 2 * 2 * grad_out[0] * grad_out[2] * weight[0] * weight[2]
 
 
+def onednn_linear(x, weight, *_, out_shape=None, **__) -> int:
+    """What large layers that train multiply with on some processors (`adamba.model.linear_adamba`)."""
+    return 2 * math.prod(x) * weight[0]
+
+
 def count(run) -> float:
     """FLOPs a token that `torch.utils.flop_counter` sees."""
     formulas = {torch.ops.aten.convolution_backward: depthwise_backward}
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        formulas[torch.ops.mkldnn._linear_pointwise] = onednn_linear
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         run()
     return counter.get_total_flops() / (2 * LENGTH)
